@@ -1,0 +1,200 @@
+"""How a follower obtains s·V: from the leader's probabilities where they exist, else by the same fused kernel."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import cache_values
+from .families import Family, check_back_end
+from .handover import HANDOVER, Handover, LeaderState
+
+# Under this name transformers finds the function below. It contains the module's own name, so that a checkpoint's
+# copy of this file and the installed package can live in one process.
+LEADER_ATTENTION = f"{__name__}.leader"
+
+# What changes the probabilities and is not in the mask; with any of these a leader leaves s to its own back end.
+_SPECIAL = ("softcap", "s_aux", "position_bias")
+
+
+def intercept_attention(attention: nn.Module) -> None:
+    """
+    Let `attention` call [`leader_attention`] where it would call its back end; its class and code stay as they are.
+
+    The attention module gets a copy of its configuration that names our function. The model's own configuration keeps
+    the real name, from which transformers derives the masks.
+    """
+    if hasattr(attention.config, "uniattn_original"):
+        return
+    config = copy.copy(attention.config)
+    config._attn_implementation_internal = LEADER_ATTENTION
+    config.uniattn_original = attention.config
+    attention.config = config
+
+
+def release_attention(attention: nn.Module) -> None:
+    """Undo [`intercept_attention`]."""
+    attention.config = original_config(attention)
+
+
+def original_config(attention: nn.Module) -> Any:
+    """The model's own configuration, behind an intercepted attention module or not."""
+    return getattr(attention.config, "uniattn_original", attention.config)
+
+
+class _AsItWas:
+    """An attention module as its back end expects it: with the model's own configuration."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self._attention = attention
+        self.config = original_config(attention)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+
+def leader_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    A leader's attention: the model's own back end, recorded for the followers.
+
+    A transformers attention function (tensors after RoPE, norms and cache). Without a hand-over among `kwargs` it is
+    exactly the back end. With one, a single decoded token is computed in the open, because followers then read the
+    probabilities instead of all keys.
+
+    Returns:
+        the heads' outputs (batch, query length, query heads, head_dim) and the probabilities or None.
+    """
+    handover: Handover | None = kwargs.pop(HANDOVER, None)
+    if handover is None:
+        return _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
+    if kwargs.get("cache") is not None:
+        raise ValueError("continuous batching is not supported with softmax sharing; use generate()")
+
+    grad_enabled = torch.is_grad_enabled()
+    if query.shape[2] == 1 and not grad_enabled and not any(kwargs.get(name) is not None for name in _SPECIAL):
+        probabilities = decode_probabilities(query, key, attention_mask, kwargs.get("scaling"))
+        output = apply_probabilities(probabilities, value)
+    else:
+        output, probabilities = _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
+    # With autograd, followers recompute s: sharing it would keep (length x length) tensors across checkpointed layers.
+    shared = None if grad_enabled else probabilities
+    handover.give(module.layer_idx, LeaderState(query, key, attention_mask, kwargs, shared, grad_enabled))
+    return output, probabilities
+
+
+ALL_ATTENTION_FUNCTIONS.register(LEADER_ATTENTION, leader_attention)
+
+
+def follow(
+    attention: nn.Module,
+    family: Family,
+    leader_idx: int,
+    hidden_states: torch.Tensor,
+    handover: Handover | None,
+    past_key_values: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    A follower's attention without compensation: s_leader · V · W_o (equation 12).
+
+    Args:
+        attention: the follower's own attention module, of which only the value and output projections are used.
+        family: where these live.
+        leader_idx: layer index of the leader.
+        hidden_states: the normalised input of the layer, (batch, length, hidden size).
+        handover: of this forward pass.
+        past_key_values: the cache, or None.
+
+    Returns:
+        the attention output (batch, length, hidden size) and the shared probabilities, or None where the back end
+        does not form them.
+    """
+    if handover is None:
+        raise RuntimeError(
+            "a follower was called without its leader's hand-over; call the whole model, and check that no wrapper "
+            "drops keyword arguments between the model and its attention layers"
+        )
+    leader = handover.take(leader_idx)
+    value = family.value_states(attention, hidden_states)
+    if past_key_values is not None:
+        value = cache_values(past_key_values, value, attention.layer_idx)
+    heads, probabilities = _share(attention, value, leader)
+    return family.project_output(attention, heads), probabilities
+
+
+def _share(
+    attention: nn.Module, value: torch.Tensor, leader: LeaderState
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    device = value.device
+    if leader.probabilities is not None:
+        probabilities = leader.probabilities.to(device)
+        return apply_probabilities(probabilities, value), probabilities
+    mask = leader.mask.to(device) if isinstance(leader.mask, torch.Tensor) else leader.mask
+    query, key = leader.query.to(device), leader.key.to(device)
+    return _back_end(attention)(_AsItWas(attention), query, key, value, mask, **leader.kwargs)
+
+
+def _back_end(attention: nn.Module) -> Callable:
+    """The attention function that `attention` would call by itself."""
+    name = original_config(attention)._attn_implementation
+    check_back_end(name)
+    # "eager" is a function of each modelling file rather than a registered one; classes mixed in on top have none.
+    modules = (sys.modules[cls.__module__] for cls in type(attention).__mro__)
+    eager = next(module.eager_attention_forward for module in modules if hasattr(module, "eager_attention_forward"))
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def decode_probabilities(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """
+    s = softmax(q·Kᵀ·scaling + mask) of a single decoded token, softmax in float32 or better.
+
+    Args:
+        query: (batch, query heads, 1, head_dim).
+        key: (batch, key/value heads, length, head_dim).
+        mask: boolean (True: visible) or additive, broadcastable to (batch, query heads, 1, length); None: all visible.
+        scaling: default head_dim ** -0.5.
+
+    Returns:
+        (batch, query heads, 1, length) in the data type of `query`.
+    """
+    batch, query_heads, _, head_dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, head_dim)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).reshape(batch, query_heads, 1, length) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    softmax_dtype = torch.promote_types(torch.float32, query.dtype)
+    return torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
+
+
+def apply_probabilities(probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """
+    s·V with grouped heads, without repeating V.
+
+    Args:
+        probabilities: (batch, query heads, query length, key length).
+        value: (batch, key/value heads, key length, head_dim).
+
+    Returns:
+        (batch, query length, query heads, head_dim).
+    """
+    batch, query_heads, query_length, key_length = probabilities.shape
+    kv_heads, head_dim = value.shape[1], value.shape[3]
+    grouped = probabilities.reshape(batch, kv_heads, -1, key_length)
+    heads = torch.matmul(grouped, value).reshape(batch, query_heads, query_length, head_dim)
+    return heads.transpose(1, 2)

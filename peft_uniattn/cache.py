@@ -1,0 +1,79 @@
+"""Value-only storage inside transformers' own caches, and what a cache really holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+_CACHES = (DynamicCache, StaticCache)
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+
+
+def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int) -> torch.Tensor:
+    """
+    Append a follower's value states to its layer of `cache` and return all of that layer's value states.
+
+    They are stored in the slot that is meant for keys, next to a values tensor of width zero: everything that a cache
+    does by itself (its length, cropping, beam reordering, repeating, offloading) looks at the keys slot. No key is
+    stored.
+
+    Args:
+        cache: a dynamic or static cache, as `generate()` creates it.
+        value: (batch, key/value heads, new tokens, head_dim).
+        layer_idx: the follower's own layer index.
+
+    Returns:
+        (batch, key/value heads, cached length, head_dim).
+
+    Raises:
+        ValueError: if the cache is of a kind whose handling of value-only layers is not known to be right.
+    """
+    if type(cache) not in _CACHES:
+        raise _refuse(cache)
+    if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) not in _LAYERS:
+        raise _refuse(cache.layers[layer_idx])
+    values, _ = cache.update(value, value[..., :0], layer_idx)
+    return values
+
+
+def _refuse(cache: object) -> ValueError:
+    return ValueError(
+        f"a cache of type {type(cache).__name__} is not supported with softmax sharing; use a DynamicCache or a "
+        'StaticCache (generate(cache_implementation="dynamic" or "static"))'
+    )
+
+
+def kv_bytes(cache: Cache) -> int:
+    """Bytes of all key and value tensors that `cache` holds now."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
+
+
+def _tensors(cache: Cache) -> Iterator[torch.Tensor]:
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                yield tensor
+
+
+def kv_bytes_per_token(config, followers: int, dtype: torch.dtype) -> int:
+    """
+    Bytes of KV cache that one token of one sequence takes.
+
+    Args:
+        config: the model's (text) configuration.
+        followers: how many layers store V only; 0 for the original model.
+        dtype: data type of the cache.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_half = config.num_key_value_heads * head_dim * dtype.itemsize
+    return (2 * config.num_hidden_layers - followers) * per_half

@@ -1,0 +1,113 @@
+"""What the user may say about UniAttn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from .plan import Plan, check_superblock_size, check_superblocks, make_plan
+from .registration import UNIATTN
+
+
+@dataclass
+class UniAttnConfig(PeftConfig):
+    """
+    Configuration of a [`UniAttnModel`].
+
+    Consecutive decoder layers form Superblocks. The lowest layer of a Superblock, its leader, computes
+    softmax(QKᵀ); the others, its followers, reuse that softmax with their own value and output projections, cache no
+    keys, and get a linear compensation W_c (https://arxiv.org/abs/2502.00439, equation 14).
+
+    Args:
+        superblock_size (`int`, defaults to 4):
+            Layers per Superblock, 2 or more.
+        start_layer (`int`, *optional*):
+            First layer of the lowest Superblock. Defaults to half of the model's layers, rounded down.
+        end_layer (`int`, *optional*):
+            Where the Superblocks stop, exclusive. Defaults to the number of layers. Layers left over at the top stay
+            as they are.
+        superblocks (`list[list[int]]`, *optional*):
+            Explicit Superblocks as lists of consecutive layer indices; overrides the three arguments above.
+        r (`int`, *optional*):
+            Rank of the compensation. `None` (the default) is the full matrix of hidden size by hidden size.
+        init_weights (`bool`, defaults to `True`):
+            Start with a compensation of zero; `calibrate` replaces it. `False` starts at random, for tests.
+        target_modules (`list[str]`, *optional*):
+            Filled in from the plan: the attention modules of leaders and followers. Leave it `None`.
+        modules_to_save (`list[str]`, *optional*):
+            Other modules to train and save with the adapter.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Token embeddings to train and save with the adapter.
+        base_layout (`dict`, *optional*):
+            Filled in on injection: shape of the base model, so that loading onto another one is refused.
+    """
+
+    superblock_size: int = field(
+        default=4, metadata={"help": "Layers per Superblock, 2 or more: one leader, the others followers."}
+    )
+    start_layer: int | None = field(
+        default=None,
+        metadata={"help": "First layer of the lowest Superblock. Default: half of the layers, rounded down."},
+    )
+    end_layer: int | None = field(
+        default=None,
+        metadata={"help": "Where the Superblocks stop, exclusive. Default: the number of layers."},
+    )
+    superblocks: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Explicit Superblocks as lists of consecutive layer indices, such as [[16, 17, 18, 19], [20, 21]]. "
+            "Overrides superblock_size, start_layer and end_layer."
+        },
+    )
+    r: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the compensation W_c. Default: full (hidden size by hidden size)."},
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start with a compensation of zero. False starts at random, for tests."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Filled in from the plan: the attention modules of leaders and followers. Leave it None."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Other modules to train and save with the adapter, such as ['lm_head']."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Token embeddings to train and save with the adapter."},
+    )
+    base_layout: dict | None = field(
+        default=None,
+        metadata={"help": "Filled in on injection: the base model's shape, so that another base is refused."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = UNIATTN
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        check_superblock_size(self.superblock_size)
+        for name in ("start_layer", "end_layer"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name}={value!r} must be None or a layer index from 0 up")
+        if self.superblocks is not None:
+            check_superblocks(self.superblocks)
+            self.superblocks = [list(block) for block in self.superblocks]
+        if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
+            raise ValueError(f"r={self.r!r} must be None (full compensation) or an integer of 1 or more")
+
+    def make_plan(self, num_layers: int) -> Plan:
+        """The Superblocks that this configuration means for a model with `num_layers` decoder layers."""
+        return make_plan(
+            num_layers,
+            superblock_size=self.superblock_size,
+            start_layer=self.start_layer,
+            end_layer=self.end_layer,
+            superblocks=self.superblocks,
+        )

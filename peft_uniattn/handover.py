@@ -1,0 +1,98 @@
+"""What the leaders of one forward pass hand to their followers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# The keyword under which the hand-over travels from the backbone to every attention module.
+HANDOVER = "uniattn_handover"
+
+
+@dataclass(eq=False)
+class LeaderState:
+    """
+    A leader's side of softmax(QKᵀ·scale + mask), enough to apply it to any value states.
+
+    Attributes:
+        query: (batch, query heads, query length, head_dim), after RoPE and norms.
+        key: (batch, key/value heads, key length, head_dim), after RoPE, norms and cache.
+        mask: what the leader's attention function got as its mask, or None.
+        kwargs: the other keyword arguments of the leader's attention function (scaling, dropout, ...).
+        probabilities: s, of shape (batch, query heads, query length, key length), where the leader computed it;
+            None where the back end never forms it.
+        grad_enabled: whether autograd was recording when the leader ran.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: Any
+    kwargs: dict[str, Any]
+    probabilities: torch.Tensor | None
+    grad_enabled: bool
+
+
+class Handover:
+    """
+    Carries [`LeaderState`]s from leaders to followers during one forward pass.
+
+    One fresh object per forward: state kept on a module would mix up two forwards before a backward. Deliberately
+    not a dict, dataclass or pytree, which wrappers such as FSDP2 and accelerate take apart and rebuild.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[int, LeaderState] = {}
+
+    def give(self, layer_idx: int, state: LeaderState) -> None:
+        """Record the state of the leader `layer_idx`."""
+        self._states[layer_idx] = state
+
+    def take(self, layer_idx: int) -> LeaderState:
+        """
+        The state of the leader `layer_idx`.
+
+        Raises:
+            RuntimeError: if the leader has not run in this forward, or ran without autograd although its follower
+                runs with it, which is what reentrant gradient checkpointing does (its gradients would be wrong).
+        """
+        state = self._states.get(layer_idx)
+        if state is None:
+            raise RuntimeError(
+                f"the leader, decoder layer {layer_idx}, has not run in this forward pass; run the whole model, or at "
+                "least the whole Superblock, in order"
+            )
+        if torch.is_grad_enabled() and not state.grad_enabled:
+            raise RuntimeError(
+                "reentrant gradient checkpointing cuts the gradient between a leader and its followers; use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        return state
+
+    def to(self, *args: Any, **kwargs: Any) -> Handover:
+        """Stay as it is: accelerate moves every argument of a layer, followers move what they need themselves."""
+        return self
+
+
+def _start_handover(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    kwargs.setdefault(HANDOVER, Handover())
+    return args, kwargs
+
+
+def install_handover(backbone: nn.Module) -> None:
+    """Let every forward of `backbone`, the module that owns the decoder layers, start with a fresh [`Handover`]."""
+    remove_handover(backbone)
+    backbone.register_forward_pre_hook(_start_handover, with_kwargs=True)
+
+
+def remove_handover(backbone: nn.Module) -> None:
+    """
+    Undo [`install_handover`].
+
+    By function rather than by the handle that torch returns: handles do not survive a deepcopy of the model.
+    """
+    for hook_id in [key for key, hook in backbone._forward_pre_hooks.items() if hook is _start_handover]:
+        del backbone._forward_pre_hooks[hook_id]
+        del backbone._forward_pre_hooks_with_kwargs[hook_id]

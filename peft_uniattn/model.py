@@ -1,0 +1,200 @@
+"""Puts UniAttn into a model, and takes it out again; nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import UniAttnConfig
+from .families import check_back_end, check_masks, find_decoder, find_family
+from .handover import install_handover, remove_handover
+from .layer import UniAttnLayer, merge_refusal
+
+
+class UniAttnModel(BaseTuner):
+    """
+    Unifies the softmax of Superblocks of decoder layers (https://arxiv.org/abs/2502.00439).
+
+    Created by `get_peft_model(model, UniAttnConfig(...))`. The followers' outputs change even while the compensation
+    is zero, so an adapter is only useful after `calibrate` and training.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the decoder-only model to adapt.
+        config ([`UniAttnConfig`]): the configuration.
+        adapter_name (`str`): the name of the adapter.
+        low_cpu_mem_usage (`bool`): create the compensation on the meta device.
+
+    Raises:
+        ValueError: if the architecture, the attention implementation or the plan is not supported, or if a saved
+            adapter belongs to a base model of another shape. Nothing has been changed then.
+    """
+
+    prefix: str = "uniattn_"
+    tuner_layer_cls = UniAttnLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: UniAttnConfig, model_config: dict) -> UniAttnConfig:
+        config = _text_config(self.model)
+        decoder = find_decoder(self.model, find_family(config.model_type))
+        check_back_end(config._attn_implementation)
+        layout = base_layout(config)
+        _check_layout(peft_config, layout)
+        plan = peft_config.make_plan(layout["num_hidden_layers"])
+        check_masks(getattr(config, "layer_types", None), plan.superblocks)
+        if peft_config.r is not None and peft_config.r > config.hidden_size:
+            raise ValueError(
+                f"r={peft_config.r} is larger than the model's hidden size of {config.hidden_size}; use a smaller rank, "
+                "or None for the full compensation"
+            )
+        if getattr(config, "attention_dropout", 0):
+            warnings.warn(
+                f"attention_dropout={config.attention_dropout}: in training, leader and followers drop different "
+                "probabilities; set config.attention_dropout = 0 to share exactly",
+                stacklevel=2,
+            )
+        targets = {decoder.attention_name(layer) for layer in plan.leader_of}
+        _check_targets(peft_config, targets)
+        peft_config.target_modules = targets
+        peft_config.base_layout = layout
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: UniAttnConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        leader_of = peft_config.make_plan(peft_config.base_layout["num_hidden_layers"]).leader_of
+        if not isinstance(target, UniAttnLayer):
+            config = _text_config(self.model)
+            layer = UniAttnLayer(target, find_family(config.model_type), config.hidden_size)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        target.update_layer(adapter_name, peft_config, leader_of[target.layer_idx])
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version looks for child.weight, which an attention module does not have.
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        # The plan decides which modules are adapted; a state dict has no entry for leaders.
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        # Every wrapped layer knows every adapter, so that after a deletion all of them pick the same next one.
+        layers = _uniattn_layers(model)
+        names = {name for layer in layers for name in layer.uniattn_leader}
+        for layer in layers:
+            for name in names:
+                layer.uniattn_leader.setdefault(name, None)
+        install_handover(find_decoder(model, layers[0].family).backbone)
+
+    def _check_merge_allowed(self) -> None:
+        raise merge_refusal()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """
+        The standalone model of the active adapter, W_c as ordinary weights; see [`to_standalone`].
+
+        Like PEFT's other methods it consumes this model: the two share their weights.
+
+        Args:
+            progressbar: without effect, there is nothing to wait for.
+            safe_merge: refuse a compensation with NaN or infinite values.
+            adapter_names: the one adapter to use instead of the active one.
+        """
+        from .standalone import to_standalone
+
+        if adapter_names is not None and len(adapter_names) != 1:
+            raise ValueError(f"adapter_names={adapter_names} must name exactly one UniAttn adapter")
+        name = adapter_names[0] if adapter_names else None
+        return to_standalone(self, adapter_name=name, share_weights=True, check_finite=safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise merge_refusal()
+        layers = _uniattn_layers(self.model)
+        backbone = find_decoder(self.model, layers[0].family).backbone
+        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        for layer in layers:
+            layer.unwrap()
+        remove_handover(backbone)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        _check_base_is_frozen(model)
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+
+def base_layout(config: Any) -> dict[str, int | str]:
+    """The shape of a base model, as far as an adapter depends on it."""
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+    }
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(f"{type(model).__name__} is not a transformers model; UniAttn needs a PreTrainedModel")
+    return config.get_text_config(decoder=True)
+
+
+def _uniattn_layers(model: nn.Module) -> list[UniAttnLayer]:
+    return [module for module in model.modules() if isinstance(module, UniAttnLayer)]
+
+
+def _check_layout(peft_config: UniAttnConfig, layout: dict[str, int | str]) -> None:
+    saved = peft_config.base_layout
+    if saved is not None and saved != layout:
+        differences = ", ".join(
+            f"{name}={saved.get(name)!r} instead of {value!r}" for name, value in layout.items() if saved.get(name) != value
+        )
+        raise ValueError(
+            f"this adapter was made for another base model ({differences}); load the base it names: "
+            f"{peft_config.base_model_name_or_path!r}"
+        )
+
+
+def _check_targets(peft_config: UniAttnConfig, targets: set[str]) -> None:
+    given = peft_config.target_modules
+    if given is None:
+        return
+    missed = sorted(name for name in targets if not BaseTuner._check_target_module_exists(peft_config, name))
+    if missed:
+        raise ValueError(
+            f"target_modules={given!r} does not match {missed[0]!r}, which the plan needs; leave target_modules None, "
+            "and choose the layers with superblocks or start_layer and end_layer"
+        )
+
+
+def _check_base_is_frozen(model: nn.Module) -> None:
+    """Raise ValueError if base weights are being trained: an adapter file would silently lose them."""
+    kept = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".uniattn_" not in name and id(parameter) not in kept:
+            raise ValueError(
+                f"{name} is trainable, but an adapter file holds only the compensation, so its training would be "
+                "lost; save to_standalone(model) instead, or freeze the base with requires_grad_(False)"
+            )

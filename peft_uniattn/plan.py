@@ -1,0 +1,136 @@
+"""Which layer leads, which layer follows: Superblocks and the refusal of impossible ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    The Superblocks of a model with `num_layers` decoder layers.
+
+    Attributes:
+        superblocks: one tuple of consecutive layer indices per Superblock, lowest (the leader) first.
+        num_layers: the number of decoder layers of the model.
+    """
+
+    superblocks: tuple[tuple[int, ...], ...]
+    num_layers: int
+
+    @property
+    def leader_of(self) -> dict[int, int]:
+        """Maps every layer of a Superblock to its leader; a leader maps to itself."""
+        return {layer: block[0] for block in self.superblocks for layer in block}
+
+    @property
+    def leaders(self) -> list[int]:
+        return [block[0] for block in self.superblocks]
+
+    @property
+    def followers(self) -> list[int]:
+        return [layer for block in self.superblocks for layer in block[1:]]
+
+    @property
+    def kv_retain_rate(self) -> float:
+        """Share of the KV cache that is left (0 to 1): a follower stores V, but no K."""
+        return 1 - len(self.followers) / self.num_layers / 2
+
+    def __str__(self) -> str:
+        return " ".join(f"[{block[0]}-{block[-1]}]" for block in self.superblocks)
+
+
+def make_plan(
+    num_layers: int,
+    *,
+    superblock_size: int = 4,
+    start_layer: int | None = None,
+    end_layer: int | None = None,
+    superblocks: Sequence[Sequence[int]] | None = None,
+) -> Plan:
+    """
+    Lay out the Superblocks of a model.
+
+    Without `superblocks`, Superblocks of `superblock_size` layers fill the range from `start_layer` upward; an
+    incomplete rest at the top stays unshared (the paper's plan: size 4, top half of the layers).
+
+    Args:
+        num_layers: the number of decoder layers of the model.
+        superblock_size: layers per Superblock, at least 2.
+        start_layer: first layer of the lowest Superblock; default `num_layers // 2`.
+        end_layer: where to stop, exclusive; default `num_layers`.
+        superblocks: explicit lists of consecutive layer indices, which override the three arguments above.
+
+    Raises:
+        ValueError: if the plan does not fit the model; names the argument, the value and the way out.
+    """
+    if superblocks is not None:
+        check_superblocks(superblocks)
+        highest = max(layer for block in superblocks for layer in block)
+        if highest >= num_layers:
+            raise ValueError(
+                f"superblocks={_as_lists(superblocks)} names layer {highest}, but the model has {num_layers} decoder "
+                f"layers (0 to {num_layers - 1}); leave that layer out"
+            )
+        return Plan(tuple(tuple(block) for block in sorted(superblocks)), num_layers)
+
+    check_superblock_size(superblock_size)
+    start = num_layers // 2 if start_layer is None else start_layer
+    end = num_layers if end_layer is None else end_layer
+    for name, value, highest in (("start_layer", start, num_layers - 1), ("end_layer", end, num_layers)):
+        if not 0 <= value <= highest:
+            raise ValueError(
+                f"{name}={value} is outside the model, which has {num_layers} decoder layers; use 0 to {highest}"
+            )
+    if end - start < superblock_size:
+        raise ValueError(
+            f"superblock_size={superblock_size} does not fit between start_layer={start} and end_layer={end}, which "
+            f"hold {max(end - start, 0)} of the model's {num_layers} layers; use smaller Superblocks or a wider range"
+        )
+    starts = range(start, end - superblock_size + 1, superblock_size)
+    return Plan(tuple(tuple(range(first, first + superblock_size)) for first in starts), num_layers)
+
+
+def check_superblock_size(superblock_size: int) -> None:
+    """Raise ValueError unless `superblock_size` is an integer of 2 or more."""
+    if not _is_index(superblock_size) or superblock_size < 2:
+        raise ValueError(
+            f"superblock_size={superblock_size!r} leaves no layer to share its leader's softmax; use an integer of 2 "
+            "or more, or don't apply UniAttn"
+        )
+
+
+def check_superblocks(superblocks: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError unless `superblocks` holds disjoint runs of at least two consecutive layer indices."""
+    if not isinstance(superblocks, (list, tuple)) or not superblocks:
+        raise ValueError(
+            f"superblocks={superblocks!r} must be a non-empty list of lists of layer indices, such as [[16, 17, 18]]"
+        )
+    seen: set[int] = set()
+    for block in superblocks:
+        if not isinstance(block, (list, tuple)) or not all(_is_index(layer) and layer >= 0 for layer in block):
+            raise ValueError(f"superblocks contains {block!r}; every Superblock is a list of layer indices from 0 up")
+        if len(block) < 2:
+            raise ValueError(
+                f"superblocks contains {list(block)}, which has no follower; a Superblock needs 2 layers or more"
+            )
+        if list(block) != list(range(block[0], block[0] + len(block))):
+            raise ValueError(
+                f"superblocks contains {list(block)}, whose layers are not consecutive and ascending; list every layer "
+                "from the leader up"
+            )
+        if overlap := seen.intersection(block):
+            raise ValueError(
+                f"superblocks={_as_lists(superblocks)} uses layer {min(overlap)} twice; a layer belongs to one "
+                "Superblock"
+            )
+        seen.update(block)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_lists(superblocks: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [list(block) for block in superblocks]
