@@ -3,6 +3,7 @@
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
+from .calibration import CalibrationReport, calibrate
 from .config import UniAttnConfig
 from .layer import UniAttnLayer
 from .model import UniAttnModel
@@ -16,4 +17,13 @@ if UNIATTN not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="uniattn", config_cls=UniAttnConfig, model_cls=UniAttnModel, prefix="uniattn_")
 register_auto_classes()
 
-__all__ = ["UNIATTN", "UniAttnConfig", "UniAttnLayer", "UniAttnModel", "__version__", "to_standalone"]
+__all__ = [
+    "UNIATTN",
+    "CalibrationReport",
+    "UniAttnConfig",
+    "UniAttnLayer",
+    "UniAttnModel",
+    "__version__",
+    "calibrate",
+    "to_standalone",
+]

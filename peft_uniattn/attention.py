@@ -134,9 +134,7 @@ def follow(
     return family.project_output(attention, heads), probabilities
 
 
-def _share(
-    attention: nn.Module, value: torch.Tensor, leader: LeaderState
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _share(attention: nn.Module, value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
     device = value.device
     if leader.probabilities is not None:
         probabilities = leader.probabilities.to(device)
@@ -177,7 +175,9 @@ def decode_probabilities(
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, head_dim)
     scores = torch.matmul(grouped, key.transpose(2, 3)).reshape(batch, query_heads, 1, length) * scaling
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        )
     softmax_dtype = torch.promote_types(torch.float32, query.dtype)
     return torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
 

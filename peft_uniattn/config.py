@@ -57,7 +57,7 @@ class UniAttnConfig(PeftConfig):
     superblocks: list[list[int]] | None = field(
         default=None,
         metadata={
-            "help": "Explicit Superblocks as lists of consecutive layer indices, such as [[16, 17, 18, 19], [20, 21]]. "
+            "help": "Explicit Superblocks as lists of consecutive layer indices, such as [[16, 17, 18], [20, 21]]. "
             "Overrides superblock_size, start_layer and end_layer."
         },
     )

@@ -13,6 +13,7 @@ from torch import nn
 from .config import UniAttnConfig
 from .families import check_back_end, check_masks, find_decoder, find_family
 from .handover import install_handover, remove_handover
+from .inspection import uniattn_layers
 from .layer import UniAttnLayer, merge_refusal
 
 
@@ -48,8 +49,8 @@ class UniAttnModel(BaseTuner):
         check_masks(getattr(config, "layer_types", None), plan.superblocks)
         if peft_config.r is not None and peft_config.r > config.hidden_size:
             raise ValueError(
-                f"r={peft_config.r} is larger than the model's hidden size of {config.hidden_size}; use a smaller rank, "
-                "or None for the full compensation"
+                f"r={peft_config.r} is larger than the model's hidden size of {config.hidden_size}; use a smaller "
+                "rank, or None for the full compensation"
             )
         if getattr(config, "attention_dropout", 0):
             warnings.warn(
@@ -98,7 +99,7 @@ class UniAttnModel(BaseTuner):
             model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
         )
         # Every wrapped layer knows every adapter, so that after a deletion all of them pick the same next one.
-        layers = _uniattn_layers(model)
+        layers = uniattn_layers(model)
         names = {name for layer in layers for name in layer.uniattn_leader}
         for layer in layers:
             for name in names:
@@ -131,7 +132,7 @@ class UniAttnModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         if merge:
             raise merge_refusal()
-        layers = _uniattn_layers(self.model)
+        layers = uniattn_layers(self.model)
         backbone = find_decoder(self.model, layers[0].family).backbone
         model = super()._unload_and_optionally_merge(False, *args, **kwargs)
         for layer in layers:
@@ -161,16 +162,11 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _uniattn_layers(model: nn.Module) -> list[UniAttnLayer]:
-    return [module for module in model.modules() if isinstance(module, UniAttnLayer)]
-
-
 def _check_layout(peft_config: UniAttnConfig, layout: dict[str, int | str]) -> None:
     saved = peft_config.base_layout
     if saved is not None and saved != layout:
-        differences = ", ".join(
-            f"{name}={saved.get(name)!r} instead of {value!r}" for name, value in layout.items() if saved.get(name) != value
-        )
+        differing = [name for name, value in layout.items() if saved.get(name) != value]
+        differences = ", ".join(f"{name}={saved.get(name)!r} instead of {layout[name]!r}" for name in differing)
         raise ValueError(
             f"this adapter was made for another base model ({differences}); load the base it names: "
             f"{peft_config.base_model_name_or_path!r}"

@@ -117,8 +117,8 @@ def check_superblocks(superblocks: Sequence[Sequence[int]]) -> None:
             )
         if list(block) != list(range(block[0], block[0] + len(block))):
             raise ValueError(
-                f"superblocks contains {list(block)}, whose layers are not consecutive and ascending; list every layer "
-                "from the leader up"
+                f"superblocks contains {list(block)}, whose layers are not consecutive and ascending; list every "
+                "layer from the leader up"
             )
         if overlap := seen.intersection(block):
             raise ValueError(

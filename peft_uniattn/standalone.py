@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .families import find_family
-from .layer import UniAttnLayer
+from .inspection import Adapter, find_adapter
 from .standalone_modeling import standalone_class, standalone_config_class
 
 
@@ -38,21 +36,16 @@ def to_standalone(
     Raises:
         ValueError: if there is no such adapter, if the base is quantized, or if `check_finite` finds something.
     """
-    base = _base_model(model)
-    layers = {module.layer_idx: module for module in base.modules() if isinstance(module, UniAttnLayer)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no UniAttn adapter; apply get_peft_model(model, UniAttnConfig())")
-    adapter_name = adapter_name or next(iter(layers.values())).active_plan_adapter()
-    if not any(adapter_name in layer.uniattn_leader for layer in layers.values()):
-        raise ValueError(f"adapter_name={adapter_name!r} is not a UniAttn adapter of this model, or none is active")
+    adapter = find_adapter(model, adapter_name)
+    base = adapter.base
     if getattr(base, "is_quantized", False):
         raise ValueError(
-            "the base model is quantized, and a standalone model is saved and trained in floating point; load the base "
-            "unquantized, apply the adapter to it, and convert that"
+            "the base model is quantized, and a standalone model is saved and trained in floating point; load the "
+            "base unquantized, apply the adapter to it, and convert that"
         )
 
-    standalone = _empty_like(base, layers, adapter_name)
-    state = _standalone_state(base, layers, adapter_name)
+    standalone = _empty_like(adapter)
+    state = _standalone_state(adapter)
     if check_finite:
         for name, tensor in state.items():
             if ".compensation" in name and not tensor.isfinite().all():
@@ -68,71 +61,50 @@ def to_standalone(
     return standalone.train(base.training)
 
 
-def _base_model(model: nn.Module) -> PreTrainedModel:
-    while not isinstance(model, PreTrainedModel):
-        inner = model.get_base_model() if isinstance(model, PeftModel) else getattr(model, "model", None)
-        if not isinstance(inner, nn.Module):
-            raise ValueError(f"{type(model).__name__} holds no transformers model; pass a PeftModel")
-        model = inner
-    return model
-
-
-def _empty_like(base: PreTrainedModel, layers: dict[int, UniAttnLayer], adapter_name: str) -> PreTrainedModel:
+def _empty_like(adapter: Adapter) -> PreTrainedModel:
     """The standalone model on the meta device: structure without weights."""
-    leader_of = {index: layer.uniattn_leader.get(adapter_name) for index, layer in sorted(layers.items())}
-    blocks: dict[int, list[int]] = {}
-    rank = None
-    for index, leader in leader_of.items():
-        if leader is not None:
-            blocks.setdefault(leader, []).append(index)
-        if adapter_name in layers[index].uniattn_A:
-            rank = layers[index].uniattn_A[adapter_name].out_features
-    fields = {**base.config.to_dict(), "superblocks": list(blocks.values()), "compensation_rank": rank}
+    base = adapter.base
+    fields = base.config.to_dict()
     del fields["model_type"]
+    fields.update(superblocks=[list(block) for block in adapter.plan.superblocks], compensation_rank=adapter.rank)
     config = standalone_config_class(type(base.config)).from_dict(fields)
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
         return standalone_class(type(base))(config)
 
 
-def _standalone_state(
-    base: PreTrainedModel, layers: dict[int, UniAttnLayer], adapter_name: str
-) -> dict[str, torch.Tensor]:
-    """The standalone model's weights by name, sharing memory with `base`."""
-    state = {}
-    unused = {
-        f"{name}.base_layer.{projection}."
-        for name, module in base.named_modules()
-        if isinstance(module, UniAttnLayer) and module.uniattn_leader.get(adapter_name) not in (None, module.layer_idx)
-        for projection in module.family.unused
+def _standalone_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The standalone model's weights by name, sharing memory with the adapted model's."""
+    names = {module: name for name, module in adapter.base.named_modules()}
+    followers = [adapter.layers[index] for index in adapter.plan.followers]
+    unused = tuple(f"{names[layer]}.base_layer.{part}." for layer in followers for part in layer.family.unused)
+    state = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in _plain_state(adapter).items()
+        if ".uniattn_" not in name and not name.startswith(unused)
     }
-    for name, tensor in _plain_state(base, adapter_name).items():
-        if ".uniattn_" in name or any(name.startswith(prefix) for prefix in unused):
-            continue
-        state[name.replace(".base_layer.", ".")] = tensor
-    for name, module in base.named_modules():
-        if not isinstance(module, UniAttnLayer):
-            continue
-        dtype = getattr(module.base_layer, module.family.value).weight.dtype
+    for layer in followers:
+        dtype = getattr(layer.base_layer, layer.family.value).weight.dtype
         for container, key in (("W", "compensation"), ("A", "compensation_A"), ("B", "compensation_B")):
-            linears = getattr(module, f"uniattn_{container}")
-            if adapter_name in linears:
-                state[f"{name}.{key}.weight"] = linears[adapter_name].weight.detach().to(dtype)
+            linears = getattr(layer, f"uniattn_{container}")
+            if adapter.name in linears:
+                state[f"{names[layer]}.{key}.weight"] = linears[adapter.name].weight.detach().to(dtype)
     return state
 
 
-def _plain_state(base: PreTrainedModel, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The state dict of `base` with `modules_to_save` and trained tokens of the adapter in place of the originals."""
-    state = base.state_dict()
-    for name, module in base.named_modules():
+def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The base's state dict with `modules_to_save` and trained tokens of the adapter in place of the originals."""
+    state = adapter.base.state_dict()
+    for name, module in adapter.base.named_modules():
         if not isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             continue
         for key in [key for key in state if key.startswith(f"{name}.")]:
             del state[key]
         if isinstance(module, TrainableTokensWrapper):
-            state[f"{name}.weight"] = module.token_adapter.get_merged_weights([adapter_name]).detach()
+            state[f"{name}.weight"] = module.token_adapter.get_merged_weights([adapter.name]).detach()
             continue
-        saved = module.modules_to_save[adapter_name] if adapter_name in module.modules_to_save else module.original_module
+        own = adapter.name in module.modules_to_save
+        saved = module.modules_to_save[adapter.name] if own else module.original_module
         state.update({f"{name}.{key}": tensor for key, tensor in saved.state_dict().items()})
     return state
 

@@ -8,7 +8,7 @@ the weights, so that `trust_remote_code=True` loads a checkpoint where this pack
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class FollowerMixin:
         return _empty_follower, (type(self).uniattn_original_class,), self.__dict__
 
 
-@lru_cache(maxsize=None)
+@cache
 def follower_class(attention_class: type[nn.Module]) -> type[nn.Module]:
     """The follower version of a transformers attention class."""
     members = {"uniattn_original_class": attention_class, "__module__": __name__}
@@ -122,7 +122,7 @@ class UniAttnModelMixin:
             module.reset_compensation()
 
 
-@lru_cache(maxsize=None)
+@cache
 def standalone_config_class(config_class: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """The configuration class of the standalone models whose base is configured by `config_class`."""
     members = {
@@ -133,7 +133,7 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
     return type(PREFIX + config_class.__name__, (UniAttnConfigMixin, config_class), members)
 
 
-@lru_cache(maxsize=None)
+@cache
 def standalone_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The standalone version of a transformers model class."""
     members = {

@@ -1,0 +1,121 @@
+"""W_c from statistics: the least-squares problems behind calibration, in float64."""
+
+from __future__ import annotations
+
+import torch
+
+# The official implementation drops singular values below this share of the largest one.
+PSEUDOINVERSE_CUTOFF = 1e-10
+
+
+class TokenStatistics:
+    """
+    Normal equations of ε ≈ x · W_c, streamed over tokens.
+
+    Attributes:
+        xx: Σ xᵀx, (hidden size, hidden size).
+        xe: Σ xᵀε, (hidden size, hidden size).
+        ee: Σ ‖ε‖².
+        scale: Σ ‖original attention output‖², to which errors are relative.
+        tokens: how many tokens were added.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.xx = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.xe = torch.zeros_like(self.xx)
+        self.ee = 0.0
+        self.scale = 0.0
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, error: torch.Tensor, original: torch.Tensor) -> None:
+        """Add tokens: inputs x, errors ε and original attention outputs, each (tokens, hidden size) in float64."""
+        self.xx.addmm_(x.T, x)
+        self.xe.addmm_(x.T, error)
+        self.ee += error.square().sum().item()
+        self.scale += original.square().sum().item()
+        self.tokens += x.shape[0]
+
+    def error_before(self) -> float:
+        """‖ε‖ relative to the original attention output."""
+        return (self.ee / self.scale) ** 0.5
+
+    def error_after(self, compensation: torch.Tensor) -> float:
+        """‖ε − x·W_c‖ relative to the original attention output."""
+        explained = 2 * (compensation * self.xe).sum() - (compensation * (self.xx @ compensation)).sum()
+        return max((self.ee - explained.item()) / self.scale, 0.0) ** 0.5
+
+
+class PositionMeans:
+    """Means of x and ε at every position over all samples, the estimates of E(x) and E(ε) in Theorem 3.7."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.count = torch.zeros(0, dtype=torch.float64, device=device)
+        self.x = torch.zeros(0, size, dtype=torch.float64, device=device)
+        self.error = torch.zeros_like(self.x)
+
+    def add(self, x: torch.Tensor, error: torch.Tensor, position: torch.Tensor) -> None:
+        """Add tokens: x and ε (tokens, hidden size) in float64, and their positions (tokens,)."""
+        missing = int(position.max()) + 1 - self.count.shape[0]
+        if missing > 0:
+            self.count = torch.cat([self.count, self.count.new_zeros(missing)])
+            self.x = torch.cat([self.x, self.x.new_zeros(missing, self.x.shape[1])])
+            self.error = torch.cat([self.error, self.error.new_zeros(missing, self.error.shape[1])])
+        self.count.index_add_(0, position, torch.ones_like(position, dtype=torch.float64))
+        self.x.index_add_(0, position, x)
+        self.error.index_add_(0, position, error)
+
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean x and mean ε, each (positions, hidden size)."""
+        seen = self.count > 0
+        count = self.count[seen].unsqueeze(1)
+        return self.x[seen] / count, self.error[seen] / count
+
+
+def solve_ridge(xx: torch.Tensor, xe: torch.Tensor, ridge: float) -> torch.Tensor:
+    """
+    W_c that minimises Σ ‖ε − x·W_c‖² + λ‖W_c‖², with λ = `ridge` times the mean square of x's coordinates, summed.
+
+    Args:
+        xx: Σ xᵀx, (hidden size, hidden size) in float64.
+        xe: Σ xᵀε, likewise.
+        ridge: strength relative to the mean diagonal of `xx`, above 0.
+    """
+    return torch.linalg.solve(regularised(xx, ridge), xe)
+
+
+def regularised(xx: torch.Tensor, ridge: float) -> torch.Tensor:
+    """xx + λI as in [`solve_ridge`]."""
+    return xx + ridge * xx.diagonal().mean() * torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device)
+
+
+def solve_pseudoinverse(x: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """
+    W_c = V Σ⁺ Uᵀ E(ε) of Theorem 3.7.
+
+    Args:
+        x: E(x) = U Σ Vᵀ, (positions, hidden size) in float64.
+        error: E(ε), likewise.
+    """
+    return torch.linalg.pinv(x, rtol=PSEUDOINVERSE_CUTOFF) @ error
+
+
+def factorise(compensation: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The factors A·B of rank `rank` that lose least of x·W_c on the data, rather than least of W_c itself.
+
+    Reduced-rank regression: project the least-squares solution on the leading eigenvectors of W_cᵀ · gram · W_c, the
+    second moment of the fitted outputs (Izenman 1975, https://doi.org/10.1016/0047-259X(75)90042-1).
+
+    Args:
+        compensation: the solution of full rank, (hidden size, hidden size).
+        gram: the second moment of x for which it is optimal, ridge included.
+        rank: columns of A.
+
+    Returns:
+        A (hidden size, rank) and B (rank, hidden size), of equal norm so that both learn at one learning rate.
+    """
+    _, vectors = torch.linalg.eigh(compensation.T @ gram @ compensation)
+    leading = vectors[:, -rank:]
+    a, b = compensation @ leading, leading.T
+    balance = (a.norm() / b.norm()).sqrt().clamp_min(torch.finfo(a.dtype).tiny)
+    return a / balance, b * balance

@@ -1,0 +1,139 @@
+"""Two streams of hidden states, original and unified, carried through the decoder one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families import Decoder
+from ..handover import HANDOVER, Handover, LeaderState
+from ..layer import UniAttnLayer
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class Spill:
+    """Tensors on disk, by batch and name: memory use does not grow with the number of samples."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+
+    def put(self, batch: int, name: str, value: Any) -> None:
+        torch.save(value, self._path(batch, name))
+
+    def get(self, batch: int, name: str, device: torch.device | None = None) -> Any:
+        return torch.load(self._path(batch, name), map_location=device, weights_only=True)
+
+    def _path(self, batch: int, name: str) -> Path:
+        return self._directory / f"{batch}.{name}.pt"
+
+
+class LayerRunner:
+    """
+    Runs single decoder layers through the model's own forward.
+
+    The backbone prepares masks and positions as always and calls its layers in order; all layers but the wanted one
+    let the hidden states pass. So nothing about an architecture has to be repeated here.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def run_below(self, inputs: dict[str, torch.Tensor], layer_idx: int) -> torch.Tensor:
+        """Hidden states that enter the layer `layer_idx`, from token ids."""
+        seen: list[torch.Tensor] = []
+
+        def stop(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(hidden_states)
+            return hidden_states
+
+        above = dict.fromkeys(range(layer_idx + 1, len(self._decoder.layers)), _pass)
+        with self._replaced({**above, layer_idx: stop}):
+            self._decoder.backbone(**inputs, use_cache=False)
+        return seen[0]
+
+    def run(
+        self,
+        inputs: dict[str, torch.Tensor],
+        layer_idx: int,
+        hidden_states: torch.Tensor,
+        handover: Handover | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Run the layer `layer_idx` on `hidden_states` (batch, length, hidden size).
+
+        Returns:
+            the layer's output, and what went into and came out of its attention, all of that shape.
+        """
+        layer = self._decoder.layers[layer_idx]
+        forward = layer.forward
+        seen: dict[str, torch.Tensor] = {}
+
+        def only(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = forward(hidden_states, *args, **kwargs)
+            seen["output"] = output[0] if isinstance(output, tuple) else output
+            return output
+
+        def watch(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            seen["attention_input"] = args[0] if args else kwargs["hidden_states"]
+            seen["attention_output"] = output[0]
+
+        others = {index: _pass for index in range(len(self._decoder.layers)) if index != layer_idx}
+        hook = self._decoder.attention(layer_idx).register_forward_hook(watch, with_kwargs=True)
+        try:
+            with self._replaced({**others, layer_idx: only}):
+                self._decoder.backbone(**inputs, use_cache=False, **{HANDOVER: handover or Handover()})
+        finally:
+            hook.remove()
+        return seen["output"], seen["attention_input"], seen["attention_output"]
+
+    @contextmanager
+    def _replaced(self, forwards: dict[int, Callable]) -> Iterator[None]:
+        layers = [self._decoder.layers[index] for index in forwards]
+        # Accelerate keeps forwards of its own on instances; those have to come back, others have to go.
+        before = [layer.__dict__.get("forward") for layer in layers]
+        try:
+            for layer, forward in zip(layers, forwards.values(), strict=True):
+                layer.forward = forward
+            yield
+        finally:
+            for layer, forward in zip(layers, before, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
+
+def _pass(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
+@contextmanager
+def original_model(layers: list[UniAttnLayer]) -> Iterator[None]:
+    """Run the model without UniAttn, leaving adapters' gradients as they are."""
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def pack_leader(state: LeaderState) -> dict[str, Any]:
+    """A leader's state as a plain dictionary for [`Spill`]; followers recompute the probabilities."""
+    fields = vars(replace(state, probabilities=None))
+    return {**fields, "kwargs": {key: value for key, value in state.kwargs.items() if value is not None}}
+
+
+def unpack_leader(leader_idx: int, fields: dict[str, Any]) -> Handover:
+    """A hand-over in which the leader `leader_idx` has already run."""
+    handover = Handover()
+    handover.give(leader_idx, LeaderState(**fields))
+    return handover
