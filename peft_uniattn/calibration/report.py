@@ -55,7 +55,7 @@ class CalibrationReport:
     def __str__(self) -> str:
         rank = "full" if self.rank is None else f"rank {self.rank}"
         lines = [
-            f"Calibration: {self.method}, {rank}, {self.tokens:,} tokens, {self.batches} batches, {self.seconds:.1f} s",
+            f"Calibration: {self.method}, {rank}, {self.tokens:,} tokens, {self.batches} batches, {self.seconds:.0f} s",
             "  layer  leader  error before  error after  left",
         ]
         for error in self.followers:

@@ -1,0 +1,82 @@
+"""Fixtures that more than one test file needs: tiny random models, prompts and aligned copies."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: nothing here may reach for a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from peft_uniattn import UniAttnConfig
+
+torch.set_num_threads(1)
+
+CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes):
+    """A random model of 6 layers, 4 query heads and 2 key/value heads, in eval mode."""
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+        **changes,
+    }
+    config_class, model_class = CLASSES[family]
+    torch.manual_seed(seed)
+    return model_class(config_class(**settings)).to(dtype).eval()
+
+
+def tiny_adapter(model=None, *, seed: int = 1, **config):
+    """`model` (default: a tiny Llama) with a random, nonzero compensation; Superblocks [0-2] and [3-5] by default."""
+    settings = {"superblock_size": 3, "start_layer": 0, "init_weights": False, "task_type": "CAUSAL_LM", **config}
+    model = tiny_model() if model is None else model
+    torch.manual_seed(seed)
+    return get_peft_model(model, UniAttnConfig(**settings)).eval()
+
+
+def prompt(batch: int = 2, length: int = 9, *, seed: int = 2, vocab_size: int = 97) -> torch.Tensor:
+    """Random token ids (batch, length), none of them the padding token 0."""
+    return torch.randint(2, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def aligned(model):
+    """
+    The same model with freshly allocated weights.
+
+    Tensors loaded from a file are not aligned in memory as freshly made ones are, and BLAS may then round differently
+    in the last bit. Bit-equality of two models can only be tested on weights that are aligned alike.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return prompt()
