@@ -1,0 +1,15 @@
+"""The command line `peft-uniattn`: one file per command."""
+
+from __future__ import annotations
+
+import typer
+
+from .quickstart import quickstart
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.command()(quickstart)
+
+
+@app.callback()
+def main() -> None:
+    """UniAttn: post-train an open LLM with unified softmax, and serve it with a smaller KV cache."""

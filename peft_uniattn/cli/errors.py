@@ -1,0 +1,28 @@
+"""Errors as a user of a command line wants them: one sentence, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+@contextmanager
+def reported(continue_with: str | None = None) -> Iterator[None]:
+    """
+    Print what the user can mend in one sentence and exit with 1; say how to go on after Ctrl-C and exit with 130.
+
+    Args:
+        continue_with: the command that continues an interrupted run; None if it cannot be continued.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        hint = f"; continue with: {continue_with}" if continue_with else ""
+        typer.secho(f"\ninterrupted{hint}", fg=typer.colors.YELLOW, err=True)
+        sys.exit(130)

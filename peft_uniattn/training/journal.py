@@ -1,0 +1,77 @@
+"""What a long run has finished, on disk, so that the same command continues after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """
+    Results of finished steps in `directory/journal.json`.
+
+    Args:
+        directory: the run's output directory, created if needed.
+        settings: what the run was asked to do, as JSON types.
+
+    Raises:
+        ValueError: if the directory holds a run with other settings, naming the differences, or foreign files.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        self.directory = directory
+        self._path = directory / "journal.json"
+        settings = json.loads(json.dumps(settings))
+        if self._path.exists():
+            content = json.loads(self._path.read_text())
+            _check_same(content["settings"], settings, directory)
+            self.results: dict[str, Any] = content["results"]
+        else:
+            if directory.exists() and any(directory.iterdir()):
+                raise ValueError(f"{directory} exists and holds no run to continue; choose another output directory")
+            directory.mkdir(parents=True, exist_ok=True)
+            self.results = {}
+        self._settings = settings
+
+    def step(self, name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of the step `name`: from the journal if it has finished before, else by running `action`."""
+        if name not in self.results:
+            self.results[name] = action()
+            write_atomically(
+                self._path, json.dumps({"settings": self._settings, "results": self.results}, indent=2) + "\n"
+            )
+        return self.results[name]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is either the old one or the new one at any moment."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_directory_atomically(path: Path, save: Callable[[Path], Any]) -> None:
+    """Let `save` fill a temporary directory and put that in the place of `path` once it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        details = ", ".join(f"{key}={new.get(key)!r} (was {old.get(key)!r})" for key in differing)
+        raise ValueError(
+            f"{directory} holds a run with other settings: {details}; repeat its settings to continue it, or choose "
+            "another output directory"
+        )

@@ -1,0 +1,79 @@
+"""What a run cost and brought, in figures that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache import kv_bytes
+
+
+@torch.no_grad()
+def measured_kv_bytes_per_token(model: PreTrainedModel, length: int = 64) -> int:
+    """Bytes per token of the cache that a real prefill of `length` tokens leaves behind."""
+    ids = torch.arange(length, device=model.device).unsqueeze(0) % model.config.vocab_size
+    return kv_bytes(model(input_ids=ids, use_cache=True).past_key_values) // length
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """
+    Attributes:
+        base_model: honest name of the starting point.
+        data: what was trained on.
+        superblocks: lists of layer indices, the leader first.
+        num_layers: decoder layers of the model.
+        kv_bytes_before: KV cache bytes per token of the base, measured.
+        kv_bytes_after: of the standalone model, measured.
+        adapter_parameters: parameters of the compensation.
+        adapter_bytes: size of the adapter's safetensors file.
+        losses: held-out loss in nats per completion token, by step, in the order of the steps.
+        prompt: a held-out question.
+        answers: greedy answers to it, by step.
+        reload_difference: largest difference of a logit between the trained and the reloaded standalone model.
+        seconds: wall time, all sessions of the run together.
+        environment: versions and hardware.
+    """
+
+    base_model: str
+    data: str
+    superblocks: list[list[int]]
+    num_layers: int
+    kv_bytes_before: int
+    kv_bytes_after: int
+    adapter_parameters: int
+    adapter_bytes: int
+    losses: dict[str, float]
+    prompt: str
+    answers: dict[str, str]
+    reload_difference: float
+    seconds: float
+    environment: dict[str, str]
+
+    @property
+    def followers(self) -> int:
+        return sum(len(block) - 1 for block in self.superblocks)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The receipt as lines of name and value."""
+        blocks = " ".join(f"[{block[0]}-{block[-1]}]" for block in self.superblocks)
+        retained = self.kv_bytes_after / self.kv_bytes_before
+        return [
+            ("base model", self.base_model),
+            ("data", self.data),
+            ("Superblocks", f"{blocks}, {self.followers} followers of {self.num_layers} layers"),
+            ("KV cache per token", f"{self.kv_bytes_before:,} → {self.kv_bytes_after:,} bytes ({retained:.1%})"),
+            ("adapter", f"{self.adapter_parameters:,} parameters, {self.adapter_bytes / 2**20:.1f} MiB"),
+            *((f"held-out loss, {name}", f"{loss:.4f}") for name, loss in self.losses.items()),
+            ("question", self.prompt),
+            *((f"answer, {name}", answer) for name, answer in self.answers.items()),
+            ("reloaded checkpoint", f"largest difference of a logit: {self.reload_difference:.1e}"),
+            ("wall time", f"{self.seconds / 60:.1f} min"),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types."""
+        return asdict(self)
