@@ -23,19 +23,21 @@ LEADER_ATTENTION = f"{__name__}.leader"
 _SPECIAL = ("softcap", "s_aux", "position_bias")
 
 
-def intercept_attention(attention: nn.Module) -> None:
+def intercept_attention(attention: nn.Module) -> bool:
     """
     Let `attention` call [`leader_attention`] where it would call its back end; its class and code stay as they are.
+    Returns False if it already did.
 
     The attention module gets a copy of its configuration that names our function. The model's own configuration keeps
     the real name, from which transformers derives the masks.
     """
     if hasattr(attention.config, "uniattn_original"):
-        return
+        return False
     config = copy.copy(attention.config)
     config._attn_implementation_internal = LEADER_ATTENTION
     config.uniattn_original = attention.config
     attention.config = config
+    return True
 
 
 def release_attention(attention: nn.Module) -> None:
@@ -83,16 +85,24 @@ def leader_attention(
     if kwargs.get("cache") is not None:
         raise ValueError("continuous batching is not supported with softmax sharing; use generate()")
 
+    check_back_end(original_config(module)._attn_implementation)
     grad_enabled = torch.is_grad_enabled()
-    if query.shape[2] == 1 and not grad_enabled and not any(kwargs.get(name) is not None for name in _SPECIAL):
+    if query.shape[2] == 1 and not grad_enabled and _is_plain(attention_mask, kwargs):
         probabilities = decode_probabilities(query, key, attention_mask, kwargs.get("scaling"))
         output = apply_probabilities(probabilities, value)
     else:
         output, probabilities = _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
     # With autograd, followers recompute s: sharing it would keep (length x length) tensors across checkpointed layers.
     shared = None if grad_enabled else probabilities
-    handover.give(module.layer_idx, LeaderState(query, key, attention_mask, kwargs, shared, grad_enabled))
+    handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, shared, grad_enabled))
     return output, probabilities
+
+
+def _is_plain(mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether s is softmax(scores + mask) of tensors at hand, as opposed to a back end's own masks and extras."""
+    return (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)) and not any(
+        kwargs.get(name) is not None for name in _SPECIAL
+    )
 
 
 ALL_ATTENTION_FUNCTIONS.register(LEADER_ATTENTION, leader_attention)
@@ -129,19 +139,25 @@ def follow(
     leader = handover.take(leader_idx)
     value = family.value_states(attention, hidden_states)
     if past_key_values is not None:
-        value = cache_values(past_key_values, value, attention.layer_idx)
-    heads, probabilities = _share(attention, value, leader)
+        value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
+    heads, probabilities = _share(value, leader)
     return family.project_output(attention, heads), probabilities
 
 
-def _share(attention: nn.Module, value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
+def past_key_values(kwargs: dict[str, Any]) -> Any:
+    """The cache among a decoder layer's keyword arguments, under either of the names that transformers uses."""
+    cache = kwargs.get("past_key_values")
+    return kwargs.get("layer_past") if cache is None else cache
+
+
+def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
     device = value.device
     if leader.probabilities is not None:
         probabilities = leader.probabilities.to(device)
         return apply_probabilities(probabilities, value), probabilities
     mask = leader.mask.to(device) if isinstance(leader.mask, torch.Tensor) else leader.mask
     query, key = leader.query.to(device), leader.key.to(device)
-    return _back_end(attention)(_AsItWas(attention), query, key, value, mask, **leader.kwargs)
+    return _back_end(leader.attention)(_AsItWas(leader.attention), query, key, value, mask, **leader.kwargs)
 
 
 def _back_end(attention: nn.Module) -> Callable:
@@ -173,13 +189,22 @@ def decode_probabilities(
     kv_heads, length = key.shape[1], key.shape[2]
     scaling = head_dim**-0.5 if scaling is None else scaling
     grouped = query.reshape(batch, kv_heads, query_heads // kv_heads, head_dim)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).reshape(batch, query_heads, 1, length) * scaling
+    scores = _product(grouped, key.transpose(2, 3)).reshape(batch, query_heads, 1, length) * scaling
     if mask is not None:
         scores = (
             scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
         )
-    softmax_dtype = torch.promote_types(torch.float32, query.dtype)
-    return torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    return torch.softmax(scores, dim=-1).to(query.dtype)
+
+
+def _product(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Product of 4-dimensional tensors in float32 or better: scores rounded to bfloat16 would be off by per cents."""
+    if query.dtype in (torch.float32, torch.float64):
+        return torch.matmul(query, key)
+    if query.is_cuda:
+        product = torch.bmm(query.flatten(0, 1), key.flatten(0, 1), out_dtype=torch.float32)
+        return product.unflatten(0, query.shape[:2])
+    return torch.matmul(query.float(), key.float())
 
 
 def apply_probabilities(probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ _CACHES = (DynamicCache, StaticCache)
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
-def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int) -> torch.Tensor:
+def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: int) -> torch.Tensor:
     """
     Append a follower's value states to its layer of `cache` and return all of that layer's value states.
 
@@ -31,6 +31,7 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int) -> torch.Ten
         cache: a dynamic or static cache, as `generate()` creates it.
         value: (batch, key/value heads, new tokens, head_dim).
         layer_idx: the follower's own layer index.
+        leader_idx: its leader's, whose window the follower's layer of the cache takes over.
 
     Returns:
         (batch, key/value heads, cached length, head_dim).
@@ -42,8 +43,33 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int) -> torch.Ten
         raise _refuse(cache)
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) not in _LAYERS:
         raise _refuse(cache.layers[layer_idx])
+    _prepare(cache, layer_idx, leader_idx)
     values, _ = cache.update(value, value[..., :0], layer_idx)
     return values
+
+
+def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
+    """Make sure that a follower's layer of `cache` is of its leader's kind and holds values only."""
+    if layer_idx >= len(cache.layers):
+        return
+    layer, leader = cache.layers[layer_idx], cache.layers[leader_idx]
+    same_kind = type(layer) is type(leader)
+    has_keys = layer.is_initialized and layer.values.dim() == 4 and layer.values.shape[-1] > 0
+    if same_kind and not has_keys:
+        return
+    if layer.is_initialized and layer.get_seq_length():
+        raise ValueError(
+            "this cache was filled without softmax sharing, or under another plan; start with an empty one"
+        )
+    if same_kind:
+        # A static cache that was made in advance has room for keys as well.
+        layer.values = layer.values[..., :0].contiguous()
+    else:
+        # s of a leader with full attention needs all values, not a window of them.
+        arguments = {
+            name: getattr(leader, name) for name in ("max_cache_len", "sliding_window") if hasattr(leader, name)
+        }
+        cache.layers[layer_idx] = type(leader)(**arguments)
 
 
 def _refuse(cache: object) -> ValueError:
@@ -67,7 +93,7 @@ def _tensors(cache: Cache) -> Iterator[torch.Tensor]:
 
 def kv_bytes_per_token(config, followers: int, dtype: torch.dtype) -> int:
     """
-    Bytes of KV cache that one token of one sequence takes.
+    Bytes of KV cache that one token of one sequence takes, as long as no sliding window lets go of tokens.
 
     Args:
         config: the model's (text) configuration.

@@ -29,6 +29,9 @@ class UniAttnConfig(PeftConfig):
             as they are.
         superblocks (`list[list[int]]`, *optional*):
             Explicit Superblocks as lists of consecutive layer indices; overrides the three arguments above.
+        follower_mask (`str`, defaults to `"own"`):
+            In models that mix full and sliding-window attention: `"own"` shares only between layers with the same
+            mask; `"leader"` lets followers take the mask of a leader with full attention (the paper's Gemma-2 plan).
         r (`int`, *optional*):
             Rank of the compensation. `None` (the default) is the full matrix of hidden size by hidden size.
         init_weights (`bool`, defaults to `True`):
@@ -61,6 +64,13 @@ class UniAttnConfig(PeftConfig):
             "Overrides superblock_size, start_layer and end_layer."
         },
     )
+    follower_mask: str = field(
+        default="own",
+        metadata={
+            "help": "In models that mix full and sliding-window attention: 'own' shares only between layers with the "
+            "same mask; 'leader' lets followers take the mask of a leader with full attention."
+        },
+    )
     r: int | None = field(
         default=None,
         metadata={"help": "Rank of the compensation W_c. Default: full (hidden size by hidden size)."},
@@ -89,9 +99,9 @@ class UniAttnConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = UNIATTN
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
         check_superblock_size(self.superblock_size)
+        if self.follower_mask not in ("own", "leader"):
+            raise ValueError(f"follower_mask={self.follower_mask!r} must be 'own' or 'leader'")
         for name in ("start_layer", "end_layer"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -102,10 +112,18 @@ class UniAttnConfig(PeftConfig):
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise ValueError(f"r={self.r!r} must be None (full compensation) or an integer of 1 or more")
 
-    def make_plan(self, num_layers: int) -> Plan:
-        """The Superblocks that this configuration means for a model with `num_layers` decoder layers."""
+    def make_plan(self, num_layers: int, masks: list[str] | None = None) -> Plan:
+        """
+        The Superblocks that this configuration means for a model.
+
+        Args:
+            num_layers: the model's number of decoder layers.
+            masks: the kind of mask of every layer (`config.layer_types`); None if all are alike.
+        """
         return make_plan(
             num_layers,
+            masks=masks,
+            follower_mask=self.follower_mask,
             superblock_size=self.superblock_size,
             start_layer=self.start_layer,
             end_layer=self.end_layer,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 BACK_ENDS = ("eager", "sdpa")
+
+# What an attention module needs for its queries and keys only; a follower has no use for it.
+_QUERY_AND_KEY = (
+    *("q_proj", "k_proj"),
+    *("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "qk_norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -16,51 +22,127 @@ class Family:
     A decoder architecture whose attention can follow.
 
     Attributes:
+        layers: name of the list of decoder layers inside the backbone.
         attention: name of the attention module inside a decoder layer.
-        value: name of the value projection inside the attention module.
+        value: name of the value projection inside the attention module, or of the projection it is fused into.
         output: name of the output projection inside the attention module.
-        unused: the modules that a follower has no use for.
+        fused: how the rows of V lie in a fused projection: "blocks" (all of Q, all of K, all of V) or "heads" (Q, K
+            and V of each head in turn); None where `value` is a projection of its own.
     """
 
+    layers: str = "layers"
     attention: str = "self_attn"
     value: str = "v_proj"
     output: str = "o_proj"
-    unused: tuple[str, ...] = ("q_proj", "k_proj")
+    fused: str | None = None
+
+    def head_dim(self, attention: nn.Module) -> int:
+        return getattr(attention, "head_dim", None) or attention.head_size
+
+    def value_rows(self, attention: nn.Module) -> slice | torch.Tensor:
+        """Which output rows of the `value` projection are V."""
+        width, head_dim = getattr(attention, self.value).out_features, self.head_dim(attention)
+        if self.fused is None:
+            return slice(None)
+        if self.fused == "blocks":
+            return slice(width - attention.num_key_value_heads * head_dim, width)
+        return torch.arange(width).view(-1, 3, head_dim)[:, 2].flatten()
 
     def value_states(self, attention: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """V of shape (batch, key/value heads, length, head_dim) from hidden states (batch, length, hidden size)."""
-        batch, length, _ = hidden_states.shape
-        value = getattr(attention, self.value)(hidden_states)
-        return value.view(batch, length, -1, attention.head_dim).transpose(1, 2)
+        projection = getattr(attention, self.value)
+        if self.fused is None:
+            value = projection(hidden_states)
+        else:
+            rows = self.value_rows(attention)
+            if projection.weight.is_floating_point():
+                bias = None if projection.bias is None else projection.bias[rows]
+                value = nn.functional.linear(hidden_states, projection.weight[rows], bias)
+            else:  # quantized weights cannot be sliced
+                value = projection(hidden_states)[..., rows]
+        return value.unflatten(-1, (-1, self.head_dim(attention))).transpose(1, 2)
 
     def project_output(self, attention: nn.Module, heads: torch.Tensor) -> torch.Tensor:
         """W_o on the heads' outputs (batch, length, query heads, head_dim): (batch, length, hidden size)."""
         return getattr(attention, self.output)(heads.flatten(2))
 
+    def separate(self) -> Family:
+        """The same family once a follower's V has a projection of its own, `v_proj`."""
+        return self if self.fused is None else replace(self, value="v_proj", fused=None)
 
-FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family()}
+    def unused(self, attention: nn.Module) -> tuple[str, ...]:
+        """The submodules of `attention` that a follower has no use for."""
+        names = _QUERY_AND_KEY if self.fused is None else (*_QUERY_AND_KEY, self.value)
+        return tuple(name for name in names if isinstance(getattr(attention, name, None), nn.Module))
 
 
-def find_family(model_type: str | None) -> Family:
+_SEPARATE = Family()
+_FUSED_BLOCKS = Family(value="qkv_proj", fused="blocks")
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            *("llama", "mistral", "ministral", "ministral3", "mixtral", "arcee", "apertus", "smollm3", "nanochat"),
+            *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "dots1", "jais2"),
+            *("gemma", "gemma2", "gemma3_text", "vaultgemma", "gpt_oss", "llama4_text"),
+            *("olmo", "olmo2", "olmo3", "olmoe", "flex_olmo", "cohere", "cohere2", "phimoe", "helium"),
+            *("granite", "granitemoe", "granitemoeshared", "starcoder2", "glm", "glm4", "glm4_moe", "exaone4"),
+            *("hunyuan_v1_dense", "hunyuan_v1_moe", "ernie4_5", "ernie4_5_moe"),
+        ),
+        _SEPARATE,
+    ),
+    "phi": Family(output="dense"),
+    "phi3": _FUSED_BLOCKS,
+    "opt": Family(output="out_proj"),
+    "biogpt": Family(output="out_proj"),
+    "gpt_neox": Family(attention="attention", value="query_key_value", output="dense", fused="heads"),
+    "persimmon": Family(value="query_key_value", output="dense", fused="heads"),
+}
+
+_MLA = "it keeps compressed latents instead of keys and values (multi-head latent attention)"
+_HYBRID = "some of its layers are recurrent or linear attention, which has no softmax to share"
+_SHARES = "its layers already share keys and values"
+_DROPS = "its decoder layers drop the keyword arguments by which a leader reaches its followers"
+_OLD = "its attention does not go through transformers' attention interface"
+_OTHER_VALUE = "its attention treats values or outputs in a way of its own"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "glm_moe_dsa"), _MLA),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "zamba", "zamba2", "falcon_h1", "lfm2"), _HYBRID),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv", "recurrent_gemma", "granitemoehybrid", "minimax"), _HYBRID),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARES),
+    **dict.fromkeys(("stablelm", "nemotron"), _DROPS),
+    **dict.fromkeys(("gptj", "gpt_neo", "bloom", "falcon", "mpt", "codegen", "xglm", "gpt_neox_japanese"), _OLD),
+    **dict.fromkeys(("diffllama", "doge", "bitnet", "afmoe", "gpt2", "gpt_bigcode"), _OTHER_VALUE),
+}
+
+
+def find_family(config) -> Family:
     """
-    The family of a `config.model_type`.
+    The family of a (text) configuration.
 
     Raises:
-        ValueError: if softmax sharing does not support the architecture.
+        ValueError: if softmax sharing does not support the architecture; says why where that is known.
     """
+    model_type = getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"model_type={model_type!r} is an encoder-decoder; UniAttn needs a decoder-only model")
     family = FAMILIES.get(model_type or "")
-    if family is None:
-        raise ValueError(
-            f"model_type={model_type!r} is not supported: UniAttn knows how to share the softmax of "
-            f"{', '.join(sorted(FAMILIES))}; use a base model of one of these"
-        )
-    return family
+    if family is not None:
+        return family
+    if model_type and model_type.startswith("uniattn_"):
+        raise ValueError(f"model_type={model_type!r} shares its softmax already; use a base model that does not")
+    reason = REFUSED.get(model_type or "", "nobody has checked how its attention works")
+    raise ValueError(
+        f"model_type={model_type!r} is not supported: {reason}; UniAttn knows how to share the softmax of "
+        f"{', '.join(sorted(FAMILIES))}; use a base model of one of these"
+    )
 
 
 @dataclass(frozen=True)
 class Decoder:
     """
-    The decoder of a model: its layers and their way there.
+    The decoder of a model: its layers and the way there.
 
     Attributes:
         backbone: the module that owns the list of decoder layers and calls them in order.
@@ -90,9 +172,9 @@ def find_decoder(model: nn.Module, family: Family) -> Decoder:
         ValueError: if `model` has no list of decoder layers with this family's attention.
     """
     for name, module in model.named_modules():
-        layers = getattr(module, "layers", None)
+        layers = getattr(module, family.layers, None)
         if isinstance(layers, nn.ModuleList) and len(layers) and hasattr(layers[0], family.attention):
-            return Decoder(module, layers, f"{name}.layers" if name else "layers", family)
+            return Decoder(module, layers, f"{name}.{family.layers}" if name else family.layers, family)
     raise ValueError(f"found no list of decoder layers in {type(model).__name__}; pass a decoder-only language model")
 
 
@@ -103,16 +185,3 @@ def check_back_end(name: str | None) -> None:
             f"attn_implementation={name!r} is not supported with softmax sharing; use one of {', '.join(BACK_ENDS)}, "
             'for example model.set_attn_implementation("sdpa")'
         )
-
-
-def check_masks(layer_types: list[str] | None, superblocks: tuple[tuple[int, ...], ...]) -> None:
-    """Raise ValueError if a Superblock mixes layers with different masks (full and sliding-window attention)."""
-    if layer_types is None:
-        return
-    for block in superblocks:
-        kinds = {layer_types[layer] for layer in block}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"Superblock {list(block)} mixes {' and '.join(sorted(kinds))} layers, whose masks differ; choose "
-                "superblocks within one kind"
-            )

@@ -18,6 +18,7 @@ class LeaderState:
     A leader's side of softmax(QKᵀ·scale + mask), enough to apply it to any value states.
 
     Attributes:
+        attention: the leader's attention module, from which back ends read extras such as attention sinks.
         query: (batch, query heads, query length, head_dim), after RoPE and norms.
         key: (batch, key/value heads, key length, head_dim), after RoPE, norms and cache.
         mask: what the leader's attention function got as its mask, or None.
@@ -27,6 +28,7 @@ class LeaderState:
         grad_enabled: whether autograd was recording when the leader ran.
     """
 
+    attention: nn.Module
     query: torch.Tensor
     key: torch.Tensor
     mask: Any
@@ -49,6 +51,10 @@ class Handover:
     def give(self, layer_idx: int, state: LeaderState) -> None:
         """Record the state of the leader `layer_idx`."""
         self._states[layer_idx] = state
+
+    def has(self, layer_idx: int) -> bool:
+        """Whether the leader `layer_idx` has run."""
+        return layer_idx in self._states
 
     def take(self, layer_idx: int) -> LeaderState:
         """

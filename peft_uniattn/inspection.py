@@ -75,10 +75,12 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
         )
     first = next(iter(layers.values()))
     adapter_name = adapter_name or first.active_plan_adapter()
+    if adapter_name is None:
+        raise ValueError(f"no UniAttn adapter is active; pass adapter_name, one of {sorted(first.uniattn_leader)}")
     if adapter_name not in first.uniattn_leader:
         raise ValueError(
-            f"adapter_name={adapter_name!r} is not an active UniAttn adapter of this model, which has "
-            f"{sorted(first.uniattn_leader)}; name one of these or activate it with set_adapter"
+            f"adapter_name={adapter_name!r} is not a UniAttn adapter of this model; use one of "
+            f"{sorted(first.uniattn_leader)}"
         )
     blocks: dict[int, list[int]] = {}
     for index, layer in layers.items():

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .attention import follow, intercept_attention, release_attention
+from .attention import follow, intercept_attention, past_key_values, release_attention
 from .config import UniAttnConfig
 from .families import Family
 from .handover import HANDOVER
@@ -133,9 +133,22 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
             leader_idx,
             hidden_states,
             kwargs.get(HANDOVER),
-            kwargs.get("past_key_values"),
+            past_key_values(kwargs),
         )
-        return output + self._compensate(hidden_states, adapter), probabilities
+        result = output + self._compensate(hidden_states, adapter), probabilities
+        return self._run_hooks((hidden_states, *args), kwargs, result)
+
+    def _run_hooks(self, args: tuple, kwargs: dict[str, Any], result: tuple) -> tuple:
+        """
+        Let forward hooks on the attention module see a follower's result as if that module had run.
+
+        Among them are those by which transformers collects `output_attentions`.
+        """
+        for key, hook in self.base_layer._forward_hooks.items():
+            with_kwargs = key in self.base_layer._forward_hooks_with_kwargs
+            changed = hook(self.base_layer, args, *((kwargs,) if with_kwargs else ()), result)
+            result = result if changed is None else changed
+        return result
 
     def _compensate(self, hidden_states: torch.Tensor, adapter: str) -> torch.Tensor:
         linears = self._compensation(adapter)

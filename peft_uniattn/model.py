@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import UniAttnConfig
-from .families import check_back_end, check_masks, find_decoder, find_family
+from .families import check_back_end, find_decoder, find_family
 from .handover import install_handover, remove_handover
 from .inspection import uniattn_layers
 from .layer import UniAttnLayer, merge_refusal
+from .probe import check_sharing
 
 
 class UniAttnModel(BaseTuner):
@@ -41,12 +43,11 @@ class UniAttnModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: UniAttnConfig, model_config: dict) -> UniAttnConfig:
         config = _text_config(self.model)
-        decoder = find_decoder(self.model, find_family(config.model_type))
+        decoder = find_decoder(self.model, find_family(config))
         check_back_end(config._attn_implementation)
         layout = base_layout(config)
         _check_layout(peft_config, layout)
-        plan = peft_config.make_plan(layout["num_hidden_layers"])
-        check_masks(getattr(config, "layer_types", None), plan.superblocks)
+        plan = peft_config.make_plan(layout["num_hidden_layers"], getattr(config, "layer_types", None))
         if peft_config.r is not None and peft_config.r > config.hidden_size:
             raise ValueError(
                 f"r={peft_config.r} is larger than the model's hidden size of {config.hidden_size}; use a smaller "
@@ -60,7 +61,10 @@ class UniAttnModel(BaseTuner):
             )
         targets = {decoder.attention_name(layer) for layer in plan.leader_of}
         _check_targets(peft_config, targets)
-        peft_config.target_modules = targets
+        _check_modules_to_save(peft_config, self.model, targets)
+        bare = [layer for layer in plan.leader_of if not isinstance(decoder.attention(layer), UniAttnLayer)]
+        check_sharing(self.model, decoder, bare)
+        peft_config.target_modules = sorted(targets)
         peft_config.base_layout = layout
         return peft_config
 
@@ -74,13 +78,13 @@ class UniAttnModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        leader_of = peft_config.make_plan(peft_config.base_layout["num_hidden_layers"]).leader_of
+        config = _text_config(self.model)
+        plan = peft_config.make_plan(config.num_hidden_layers, getattr(config, "layer_types", None))
         if not isinstance(target, UniAttnLayer):
-            config = _text_config(self.model)
-            layer = UniAttnLayer(target, find_family(config.model_type), config.hidden_size)
+            layer = UniAttnLayer(target, find_family(config), config.hidden_size)
             self._replace_module(parent, target_name, layer, target)
             target = layer
-        target.update_layer(adapter_name, peft_config, leader_of[target.layer_idx])
+        target.update_layer(adapter_name, peft_config, plan.leader_of[target.layer_idx])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version looks for child.weight, which an attention module does not have.
@@ -94,10 +98,16 @@ class UniAttnModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        # The plan decides which modules are adapted; a state dict has no entry for leaders.
-        super().inject_adapter(
-            model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
-        )
+        # A copy, because what is found out about this model is noted in it; the user may need theirs for another one.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        try:
+            # The plan decides which modules are adapted; a state dict has no entry for leaders.
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        except ValueError:
+            self._forget(model, adapter_name)
+            raise
         # Every wrapped layer knows every adapter, so that after a deletion all of them pick the same next one.
         layers = uniattn_layers(model)
         names = {name for layer in layers for name in layer.uniattn_leader}
@@ -105,6 +115,12 @@ class UniAttnModel(BaseTuner):
             for name in names:
                 layer.uniattn_leader.setdefault(name, None)
         install_handover(find_decoder(model, layers[0].family).backbone)
+
+    def _forget(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo what PEFT and transformers note about an adapter before they try to inject it."""
+        self.peft_config.pop(adapter_name, None)
+        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+            model._hf_peft_config_loaded = False
 
     def _check_merge_allowed(self) -> None:
         raise merge_refusal()
@@ -185,11 +201,26 @@ def _check_targets(peft_config: UniAttnConfig, targets: set[str]) -> None:
         )
 
 
+def _check_modules_to_save(peft_config: UniAttnConfig, model: nn.Module, targets: set[str]) -> None:
+    inside = tuple(f"{target}." for target in targets)
+    for name, _ in model.named_modules():
+        hit = next((end for end in peft_config.modules_to_save or () if name.endswith(end)), None)
+        if hit and name.replace(".base_layer.", ".").startswith(inside):
+            raise ValueError(
+                f"modules_to_save={peft_config.modules_to_save!r} names {name!r}, which is inside an attention module "
+                "that UniAttn wraps; leave it out, or train it in the model that to_standalone() returns"
+            )
+
+
 def _check_base_is_frozen(model: nn.Module) -> None:
     """Raise ValueError if base weights are being trained: an adapter file would silently lose them."""
     kept = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            containers = [getattr(module, name) for name in module.adapter_layer_names]
+            kept.update(id(p) for container in containers for p in container.parameters())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ".uniattn_" not in name and id(parameter) not in kept:
+        if parameter.requires_grad and id(parameter) not in kept:
             raise ValueError(
                 f"{name} is trainable, but an adapter file holds only the compensation, so its training would be "
                 "lost; save to_standalone(model) instead, or freeze the base with requires_grad_(False)"

@@ -48,12 +48,16 @@ def make_plan(
     start_layer: int | None = None,
     end_layer: int | None = None,
     superblocks: Sequence[Sequence[int]] | None = None,
+    masks: Sequence[str] | None = None,
+    follower_mask: str = "own",
 ) -> Plan:
     """
     Lay out the Superblocks of a model.
 
     Without `superblocks`, Superblocks of `superblock_size` layers fill the range from `start_layer` upward; an
-    incomplete rest at the top stays unshared (the paper's plan: size 4, top half of the layers).
+    incomplete rest at the top stays unshared (the paper's plan: size 4, top half of the layers). In a model that mixes
+    full and sliding-window attention they stay within runs of one kind of mask; with `follower_mask="leader"` they may
+    also start at a layer with full attention, whatever follows (the paper's plan for Gemma-2).
 
     Args:
         num_layers: the number of decoder layers of the model.
@@ -61,6 +65,9 @@ def make_plan(
         start_layer: first layer of the lowest Superblock; default `num_layers // 2`.
         end_layer: where to stop, exclusive; default `num_layers`.
         superblocks: explicit lists of consecutive layer indices, which override the three arguments above.
+        masks: the kind of mask of every layer, as in `config.layer_types`; None if all are alike.
+        follower_mask: "own" keeps followers to leaders whose mask is their own; "leader" lets them take the mask of a
+            leader with full attention.
 
     Raises:
         ValueError: if the plan does not fit the model; names the argument, the value and the way out.
@@ -73,7 +80,9 @@ def make_plan(
                 f"superblocks={_as_lists(superblocks)} names layer {highest}, but the model has {num_layers} decoder "
                 f"layers (0 to {num_layers - 1}); leave that layer out"
             )
-        return Plan(tuple(tuple(block) for block in sorted(superblocks)), num_layers)
+        plan = Plan(tuple(sorted(map(tuple, superblocks))), num_layers)
+        check_masks(plan, masks, follower_mask)
+        return plan
 
     check_superblock_size(superblock_size)
     start = num_layers // 2 if start_layer is None else start_layer
@@ -88,16 +97,47 @@ def make_plan(
             f"superblock_size={superblock_size} does not fit between start_layer={start} and end_layer={end}, which "
             f"hold {max(end - start, 0)} of the model's {num_layers} layers; use smaller Superblocks or a wider range"
         )
-    starts = range(start, end - superblock_size + 1, superblock_size)
-    return Plan(tuple(tuple(range(first, first + superblock_size)) for first in starts), num_layers)
+    blocks, first = [], start
+    while first + superblock_size <= end:
+        block = tuple(range(first, first + superblock_size))
+        if _may_share(block, masks, follower_mask):
+            blocks.append(block)
+            first += superblock_size
+        else:
+            first += 1
+    if not blocks:
+        raise ValueError(
+            f"superblock_size={superblock_size}: no {superblock_size} consecutive layers between {start} and {end} "
+            'have one kind of mask; use smaller Superblocks, or follower_mask="leader" to let followers take the mask '
+            "of a leader with full attention"
+        )
+    return Plan(tuple(blocks), num_layers)
+
+
+def check_masks(plan: Plan, masks: Sequence[str] | None, follower_mask: str) -> None:
+    """Raise ValueError if a Superblock of `plan` mixes masks in a way that `follower_mask` does not allow."""
+    for block in plan.superblocks:
+        if not _may_share(block, masks, follower_mask):
+            kinds = ", ".join(f"{layer}: {masks[layer]}" for layer in block)
+            raise ValueError(
+                f"Superblock {list(block)} mixes layers with different masks ({kinds}); choose superblocks of one "
+                'kind, or start them at a full_attention layer and set follower_mask="leader"'
+            )
+
+
+def _may_share(block: Sequence[int], masks: Sequence[str] | None, follower_mask: str) -> bool:
+    if masks is None or len({masks[layer] for layer in block}) == 1:
+        return True
+    # A leader with a window or chunks has no probabilities for what a wider follower sees.
+    return follower_mask == "leader" and masks[block[0]] == "full_attention"
 
 
 def check_superblock_size(superblock_size: int) -> None:
     """Raise ValueError unless `superblock_size` is an integer of 2 or more."""
     if not _is_index(superblock_size) or superblock_size < 2:
         raise ValueError(
-            f"superblock_size={superblock_size!r} leaves no layer to share its leader's softmax; use an integer of 2 "
-            "or more, or don't apply UniAttn"
+            f"superblock_size={superblock_size!r} must be an integer of 2 or more, a leader and its followers; or "
+            "don't apply UniAttn"
         )
 
 
@@ -122,8 +162,7 @@ def check_superblocks(superblocks: Sequence[Sequence[int]]) -> None:
             )
         if overlap := seen.intersection(block):
             raise ValueError(
-                f"superblocks={_as_lists(superblocks)} uses layer {min(overlap)} twice; a layer belongs to one "
-                "Superblock"
+                f"superblocks={_as_lists(superblocks)} uses layer {min(overlap)} twice; leave it in one of them"
             )
         seen.update(block)
 

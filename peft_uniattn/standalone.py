@@ -8,6 +8,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .inspection import Adapter, find_adapter
 from .standalone_modeling import standalone_class, standalone_config_class
@@ -38,14 +39,21 @@ def to_standalone(
     """
     adapter = find_adapter(model, adapter_name)
     base = adapter.base
+    if type(base).__name__ != MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base.config.model_type):
+        raise ValueError(
+            f"{type(base).__name__} is not the causal language model of its architecture, and standalone models are; "
+            "convert a causal language model"
+        )
     if getattr(base, "is_quantized", False):
         raise ValueError(
             "the base model is quantized, and a standalone model is saved and trained in floating point; load the "
             "base unquantized, apply the adapter to it, and convert that"
         )
 
-    standalone = _empty_like(adapter)
     state = _standalone_state(adapter)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError("the model or its adapter has weights on the meta device; load them before converting")
+    standalone = _empty_like(adapter, tied=_embeddings_are_equal(adapter, state))
     if check_finite:
         for name, tensor in state.items():
             if ".compensation" in name and not tensor.isfinite().all():
@@ -61,12 +69,26 @@ def to_standalone(
     return standalone.train(base.training)
 
 
-def _empty_like(adapter: Adapter) -> PreTrainedModel:
+def _embeddings_are_equal(adapter: Adapter, state: dict[str, torch.Tensor]) -> bool:
+    """Whether tied embeddings still are alike; training one of them with the adapter unties them."""
+    if not adapter.base.config.tie_word_embeddings:
+        return False
+    names = {module: name for name, module in adapter.base.named_modules()}
+    inputs, outputs = adapter.base.get_input_embeddings(), adapter.base.get_output_embeddings()
+    return torch.equal(state[f"{names[inputs]}.weight"], state[f"{names[outputs]}.weight"])
+
+
+def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
     """The standalone model on the meta device: structure without weights."""
     base = adapter.base
     fields = base.config.to_dict()
     del fields["model_type"]
-    fields.update(superblocks=[list(block) for block in adapter.plan.superblocks], compensation_rank=adapter.rank)
+    fields.update(
+        superblocks=[list(block) for block in adapter.plan.superblocks],
+        follower_mask=base.peft_config[adapter.name].follower_mask,
+        compensation_rank=adapter.rank,
+        tie_word_embeddings=tied,
+    )
     config = standalone_config_class(type(base.config)).from_dict(fields)
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
@@ -77,14 +99,20 @@ def _standalone_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The standalone model's weights by name, sharing memory with the adapted model's."""
     names = {module: name for name, module in adapter.base.named_modules()}
     followers = [adapter.layers[index] for index in adapter.plan.followers]
-    unused = tuple(f"{names[layer]}.base_layer.{part}." for layer in followers for part in layer.family.unused)
+    unused = tuple(
+        f"{names[layer]}.base_layer.{part}." for layer in followers for part in layer.family.unused(layer.base_layer)
+    )
     state = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in _plain_state(adapter).items()
         if ".uniattn_" not in name and not name.startswith(unused)
     }
     for layer in followers:
-        dtype = getattr(layer.base_layer, layer.family.value).weight.dtype
+        value = getattr(layer.base_layer, layer.family.value)
+        if layer.family.fused is not None:
+            rows = layer.family.value_rows(layer.base_layer)
+            state.update({f"{names[layer]}.v_proj.{key}": tensor[rows] for key, tensor in value.state_dict().items()})
+        dtype = value.weight.dtype
         for container, key in (("W", "compensation"), ("A", "compensation_A"), ("B", "compensation_B")):
             linears = getattr(layer, f"uniattn_{container}")
             if adapter.name in linears:
@@ -111,8 +139,9 @@ def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 def _copy_buffers(base: PreTrainedModel, standalone: PreTrainedModel) -> None:
     """Give buffers that are not saved, such as RoPE's frequencies, to a model that was made without data."""
+    owners = dict(standalone.named_modules())
     for name, buffer in base.named_buffers():
         owner_name, _, buffer_name = name.replace(".base_layer.", ".").rpartition(".")
-        owner = standalone.get_submodule(owner_name)
-        if buffer_name in owner._buffers:
+        owner = owners.get(owner_name)  # None inside PEFT's own wrappers
+        if owner is not None and buffer_name in owner._buffers:
             owner._buffers[buffer_name] = buffer.clone()

@@ -15,65 +15,55 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .attention import follow, intercept_attention
-from .families import FAMILIES, check_back_end, find_decoder, find_family
+from .attention import follow, intercept_attention, past_key_values
+from .families import FAMILIES, Family, check_back_end, find_decoder
 from .handover import HANDOVER, install_handover
 from .plan import make_plan
 
 PREFIX = "UniAttn"
 MODEL_TYPE_PREFIX = "uniattn_"
 
-_CAUSAL_LM = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero, however the model around it initialises its weights."""
 
-class UniAttnConfigMixin:
-    """
-    Adds to a model's configuration what softmax sharing needs.
-
-    Attributes:
-        superblocks: lists of consecutive layer indices, the leader first.
-        compensation_rank: rank of W_c; None for the full matrix.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        superblocks: list[list[int]] | None = None,
-        compensation_rank: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.superblocks = superblocks
-        self.compensation_rank = compensation_rank
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
 
 class FollowerMixin:
     """Turns an attention module into a follower, keeping its class as a base for whoever looks for instances."""
 
-    def become_follower(self, leader_idx: int, model_type: str, hidden_size: int, rank: int | None) -> None:
-        family = find_family(model_type)
-        for name in family.unused:
+    def become_follower(self, leader_idx: int, family: Family, hidden_size: int, rank: int | None) -> None:
+        value = getattr(self, family.value)
+        like = {"device": value.weight.device, "dtype": value.weight.dtype}
+        if family.fused is not None:
+            heads = self.config.num_attention_heads * family.head_dim(self)
+            width = heads // self.num_key_value_groups if hasattr(self, "num_key_value_groups") else heads
+            self.v_proj = nn.Linear(value.in_features, width, bias=value.bias is not None, **like)
+        for name in family.unused(self):
             delattr(self, name)
-        self.uniattn_family = family
+        self.uniattn_family = family.separate()
         self.uniattn_leader = leader_idx
-        like = {"device": self.o_proj.weight.device, "dtype": self.o_proj.weight.dtype, "bias": False}
+        like["bias"] = False
         if rank is None:
-            self.compensation = nn.Linear(hidden_size, hidden_size, **like)
+            self.compensation = ZeroLinear(hidden_size, hidden_size, **like)
         else:
             self.compensation_A = nn.Linear(hidden_size, rank, **like)
-            self.compensation_B = nn.Linear(rank, hidden_size, **like)
-        self.reset_compensation()
-
-    def reset_compensation(self) -> None:
-        """Compensate nothing: W_c = 0."""
-        nn.init.zeros_(self.compensation.weight if hasattr(self, "compensation") else self.compensation_B.weight)
+            self.compensation_B = ZeroLinear(rank, hidden_size, **like)
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         output, probabilities = follow(
-            self, self.uniattn_family, self.uniattn_leader, hidden_states, kwargs.get(HANDOVER), past_key_values
+            self,
+            self.uniattn_family,
+            self.uniattn_leader,
+            hidden_states,
+            kwargs.get(HANDOVER),
+            past_key_values(kwargs),
         )
         if hasattr(self, "compensation"):
             compensation = self.compensation(hidden_states)
@@ -102,35 +92,54 @@ class UniAttnModelMixin:
     """Builds the Superblocks of `config.superblocks` into a transformers model."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        plan = make_plan(config.num_hidden_layers, superblocks=config.superblocks)
+        plan = make_plan(
+            config.num_hidden_layers,
+            superblocks=config.superblocks,
+            masks=getattr(config, "layer_types", None),
+            follower_mask=config.follower_mask,
+        )
         super().__init__(config, *args, **kwargs)
         check_back_end(self.config._attn_implementation)
-        model_type = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
-        decoder = find_decoder(self, find_family(model_type))
+        family = FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
+        decoder = find_decoder(self, family)
         for layer, leader in plan.leader_of.items():
             attention = decoder.attention(layer)
             if layer == leader:
                 intercept_attention(attention)
                 continue
             attention.__class__ = follower_class(type(attention))
-            attention.become_follower(leader, model_type, config.hidden_size, config.compensation_rank)
+            attention.become_follower(leader, family, config.hidden_size, config.compensation_rank)
         install_handover(decoder.backbone)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FollowerMixin):
-            module.reset_compensation()
+    def initialize_weights(self) -> None:
+        # A compensation that a checkpoint lacks. The backbone would initialise it like any other linear map.
+        for module in self.modules():
+            if isinstance(module, ZeroLinear) and not getattr(module.weight, "_is_hf_initialized", False):
+                module.reset_parameters()
+                module.weight._is_hf_initialized = True
+        super().initialize_weights()
 
 
 @cache
 def standalone_config_class(config_class: type[PretrainedConfig]) -> type[PretrainedConfig]:
-    """The configuration class of the standalone models whose base is configured by `config_class`."""
+    """
+    The configuration class of the standalone models whose base is configured by `config_class`.
+
+    Adds the fields `superblocks` (lists of consecutive layer indices, the leader first), `follower_mask` (see
+    [`make_plan`]) and `compensation_rank` (of W_c; None for the full matrix).
+    """
+    # Configurations are dataclasses, so new fields have to be annotated.
+    fields = {"superblocks": list[list[int]] | None, "follower_mask": str, "compensation_rank": int | None}
     members = {
+        "__annotations__": fields,
+        "superblocks": None,
+        "follower_mask": "own",
+        "compensation_rank": None,
         "model_type": MODEL_TYPE_PREFIX + config_class.model_type,
         "__module__": __name__,
         "_auto_class": "AutoConfig",
     }
-    return type(PREFIX + config_class.__name__, (UniAttnConfigMixin, config_class), members)
+    return type(PREFIX + config_class.__name__, (config_class,), members)
 
 
 @cache
@@ -156,7 +165,7 @@ def __getattr__(name: str) -> type:
 
 def register_auto_classes() -> None:
     """Teach `AutoConfig` and `AutoModelForCausalLM` the standalone model types."""
-    for model_type in FAMILIES:
-        model_class = standalone_class(getattr(transformers, _CAUSAL_LM[model_type]))
+    for model_type in FAMILIES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
+        model_class = standalone_class(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
         AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from functools import reduce
 
 # Before transformers is imported: nothing here may reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from oracle import Float64Throughout
 from peft import get_peft_model
 from transformers import (
     LlamaConfig,
@@ -74,6 +77,70 @@ def aligned(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
+    return model
+
+
+def loud(model, *, seed: int = 3):
+    """The same model with random weights large enough to matter: sharp attention, biases, norms that are not 1."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.25)
+    return model
+
+
+def specification(model, superblocks) -> dict:
+    """
+    What the oracle needs to know of an adapted or standalone `model`: weights, config, superblocks, compensation.
+
+    The tensors are the model's own parameters, so gradients can be taken of both with respect to the same ones.
+    """
+    weights, factors = {}, {}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if match := re.search(r"layers\.(\d+)\.self_attn\.(uniattn_|compensation)", name):
+            factors.setdefault(int(match[1]), []).append(parameter.T)
+        else:
+            weights[name] = parameter
+    compensation = {layer: reduce(torch.matmul, parts) for layer, parts in factors.items()}
+    return {"weights": weights, "config": model.config, "superblocks": superblocks, "compensation": compensation}
+
+
+def close(actual, expected) -> None:
+    """Tensors, or collections of tensors, are equal up to rounding in float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture
+def float64():
+    """transformers in float64 throughout, as the oracle is; models have to be made inside too."""
+    with Float64Throughout():
+        yield
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """Copies of all weights and saved buffers by name, to compare with later ones."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Names whose tensors are not bit-equal, or that only one side has."""
+    both = before.keys() & after.keys()
+    return (before.keys() ^ after.keys()) | {name for name in both if not torch.equal(before[name], after[name])}
+
+
+def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of `ids` (default: the prompt), computed without autograd."""
+    with torch.no_grad():
+        return model(prompt() if ids is None else ids).logits
+
+
+def moved(model, *, seed: int = 7):
+    """The same model with other values in everything that is trainable, as after training."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 

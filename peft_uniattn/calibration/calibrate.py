@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from ..families import find_decoder
 from ..handover import Handover
 from ..inspection import Adapter, find_adapter
+from ..modes import evaluation_mode
 from .report import CalibrationReport, FollowerError
 from .solve import PositionMeans, TokenStatistics, factorise, regularised, solve_pseudoinverse, solve_ridge
-from .streams import INPUTS, LayerRunner, Spill, original_model, pack_leader, unpack_leader
+from .streams import INPUTS, LayerRunner, Spill, original_model, pack_leader, unified_model, unpack_leader
 
 METHODS = ("ridge", "pseudoinverse")
 
@@ -75,24 +76,21 @@ def calibrate(
     started = time.perf_counter()
     followers = adapter.plan.followers
     before = {layer: _weights(adapter, layer) for layer in followers}
-    training, active = adapter.base.training, adapter.layers[followers[0]].active_adapters
     try:
-        adapter.base.eval()
-        for layer in adapter.layers.values():
-            layer._active_adapter = [adapter.name]
         for layer in followers:
             _zero(adapter, layer)
-        with tempfile.TemporaryDirectory(dir=spill_directory, prefix="uniattn-") as directory, torch.no_grad():
+        with (
+            tempfile.TemporaryDirectory(dir=spill_directory, prefix="uniattn-") as directory,
+            unified_model(adapter),
+            evaluation_mode(adapter.base),
+            torch.no_grad(),
+        ):
             sweep = _Calibration(adapter, Spill(directory), method, ridge, progress)
             errors = sweep.run(dataloader, max_batches)
     except BaseException:
         for layer in followers:
             _restore(adapter, layer, before[layer])
         raise
-    finally:
-        for layer in adapter.layers.values():
-            layer._active_adapter = active
-        adapter.base.train(training)
     report = CalibrationReport(
         method=method,
         ridge=float(ridge) if method == "ridge" else None,
@@ -164,16 +162,7 @@ class _Calibration:
         size = self.adapter.layers[layer].hidden_size
         tokens, means = None, None
         for batch in range(self.batches):
-            inputs = self.spill.get(batch, "inputs")
-            original, unified = self.spill.get(batch, "original"), self.spill.get(batch, "unified")
-            with original_model(list(self.adapter.layers.values())):
-                output, _, original_attention = self.runner.run(inputs, layer, original)
-            self.spill.put(batch, "next_original", output)
-            _, x, attention = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
-            error = (original + original_attention).double() - (unified + attention).double()
-
-            real = _token_mask(inputs).to(x.device)
-            x, error, original_attention = x.double()[real], error[real], original_attention.double()[real]
+            x, error, original_attention, positions = self._compare(layer, batch)
             if tokens is None:
                 tokens, means = TokenStatistics(size, x.device), PositionMeans(size, x.device)
             tokens.add(x, error, original_attention)
@@ -183,7 +172,7 @@ class _Calibration:
                     "base model's weights, or calibrate in bfloat16 or float32 instead of float16"
                 )
             if self.method == "pseudoinverse" and len(x):
-                means.add(x, error, _positions(inputs).to(x.device)[real])
+                means.add(x, error, positions)
             bar.update()
 
         factors = self._solve(tokens, means)
@@ -191,6 +180,19 @@ class _Calibration:
         compensation = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
         leader = self.adapter.plan.leader_of[layer]
         return FollowerError(layer, leader, tokens.error_before(), tokens.error_after(compensation))
+
+    def _compare(self, layer: int, batch: int) -> tuple[torch.Tensor, ...]:
+        """x, ε, original attention output, each (tokens, hidden size) in float64, and positions (tokens,)."""
+        inputs = self.spill.get(batch, "inputs")
+        original, unified = self.spill.get(batch, "original"), self.spill.get(batch, "unified")
+        with original_model(self.adapter):
+            output, _, original_attention = self.runner.run(inputs, layer, original)
+        self.spill.put(batch, "next_original", output)
+        _, x, attention = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
+        error = (original + original_attention).double() - (unified + attention).double()
+        real = _token_mask(inputs).to(x.device)
+        positions = _positions(inputs).to(x.device)
+        return x.double()[real], error[real], original_attention.double()[real], positions[real]
 
     def _solve(self, tokens: TokenStatistics, means: PositionMeans) -> tuple[torch.Tensor, ...]:
         if self.method == "ridge":
@@ -204,25 +206,29 @@ class _Calibration:
 
     def _advance(self, layer: int, bar: tqdm) -> None:
         """Sweep once to move the streams through the layer `layer`."""
-        plan = self.adapter.plan
         for batch in range(self.batches):
-            inputs, unified = self.spill.get(batch, "inputs"), self.spill.get(batch, "unified")
-            if layer in plan.followers:
-                self.spill.put(batch, "original", self.spill.get(batch, "next_original"))
-                handover = self._leader(batch, layer)
-            else:
-                with original_model(list(self.adapter.layers.values())):
-                    output, _, _ = self.runner.run(inputs, layer, self.spill.get(batch, "original"))
-                self.spill.put(batch, "original", output)
-                handover = Handover()
-            output, _, _ = self.runner.run(inputs, layer, unified, handover)
-            self.spill.put(batch, "unified", output)
-            if layer in plan.leaders:
-                self.spill.put(batch, "leader", pack_leader(handover.take(layer)))
+            self._advance_batch(layer, batch)
             bar.update()
 
+    def _advance_batch(self, layer: int, batch: int) -> None:
+        plan = self.adapter.plan
+        inputs, unified = self.spill.get(batch, "inputs"), self.spill.get(batch, "unified")
+        if layer in plan.followers:
+            self.spill.put(batch, "original", self.spill.get(batch, "next_original"))
+            handover = self._leader(batch, layer)
+        else:
+            with original_model(self.adapter):
+                output, _, _ = self.runner.run(inputs, layer, self.spill.get(batch, "original"))
+            self.spill.put(batch, "original", output)
+            handover = Handover()
+        output, _, _ = self.runner.run(inputs, layer, unified, handover)
+        self.spill.put(batch, "unified", output)
+        if layer in plan.leaders:
+            self.spill.put(batch, "leader", pack_leader(handover.take(layer)))
+
     def _leader(self, batch: int, layer: int) -> Handover:
-        return unpack_leader(self.adapter.plan.leader_of[layer], self.spill.get(batch, "leader"))
+        leader = self.adapter.layers[self.adapter.plan.leader_of[layer]].base_layer
+        return unpack_leader(leader, self.spill.get(batch, "leader"))
 
 
 def _inputs(batch: Any, index: int) -> dict[str, torch.Tensor]:

@@ -54,8 +54,9 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         rank = "full" if self.rank is None else f"rank {self.rank}"
+        data = f"{self.tokens:,} tokens in {self.batches} batches"
         lines = [
-            f"Calibration: {self.method}, {rank}, {self.tokens:,} tokens, {self.batches} batches, {self.seconds:.0f} s",
+            f"Calibration: {self.method}, {rank}, {data}, {self.seconds:.0f} s",
             "  layer  leader  error before  error after  left",
         ]
         for error in self.followers:

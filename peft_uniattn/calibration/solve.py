@@ -117,5 +117,7 @@ def factorise(compensation: torch.Tensor, gram: torch.Tensor, rank: int) -> tupl
     _, vectors = torch.linalg.eigh(compensation.T @ gram @ compensation)
     leading = vectors[:, -rank:]
     a, b = compensation @ leading, leading.T
-    balance = (a.norm() / b.norm()).sqrt().clamp_min(torch.finfo(a.dtype).tiny)
+    if not a.any():  # nothing to compensate: keep one factor away from zero, so that training can leave this point
+        return leading, torch.zeros_like(b)
+    balance = (a.norm() / b.norm()).sqrt()
     return a / balance, b * balance

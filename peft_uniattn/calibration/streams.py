@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..families import Decoder
 from ..handover import HANDOVER, Handover, LeaderState
-from ..layer import UniAttnLayer
+from ..inspection import Adapter
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -113,27 +113,38 @@ def _pass(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tenso
     return hidden_states
 
 
+def original_model(adapter: Adapter) -> AbstractContextManager[None]:
+    """Run the model without UniAttn."""
+    return _switched(adapter, disabled=True)
+
+
+def unified_model(adapter: Adapter) -> AbstractContextManager[None]:
+    """Run the model with `adapter`, whichever is active, and whether adapters are disabled or not."""
+    return _switched(adapter, disabled=False)
+
+
 @contextmanager
-def original_model(layers: list[UniAttnLayer]) -> Iterator[None]:
-    """Run the model without UniAttn, leaving adapters' gradients as they are."""
-    before = [layer._disable_adapters for layer in layers]
+def _switched(adapter: Adapter, disabled: bool) -> Iterator[None]:
+    # Not by PEFT's own calls, which also decide what is trainable.
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in adapter.layers.values()]
     try:
-        for layer in layers:
-            layer._disable_adapters = True
+        for layer in adapter.layers.values():
+            layer._active_adapter, layer._disable_adapters = [adapter.name], disabled
         yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
+        for layer, active_adapter, disable_adapters in before:
+            layer._active_adapter, layer._disable_adapters = active_adapter, disable_adapters
 
 
 def pack_leader(state: LeaderState) -> dict[str, Any]:
     """A leader's state as a plain dictionary for [`Spill`]; followers recompute the probabilities."""
     fields = vars(replace(state, probabilities=None))
+    del fields["attention"]
     return {**fields, "kwargs": {key: value for key, value in state.kwargs.items() if value is not None}}
 
 
-def unpack_leader(leader_idx: int, fields: dict[str, Any]) -> Handover:
-    """A hand-over in which the leader `leader_idx` has already run."""
+def unpack_leader(attention: nn.Module, fields: dict[str, Any]) -> Handover:
+    """A hand-over in which the leader with this attention module has already run."""
     handover = Handover()
-    handover.give(leader_idx, LeaderState(**fields))
+    handover.give(attention.layer_idx, LeaderState(attention=attention, **fields))
     return handover

@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..modes import evaluation_mode
 from .data import IGNORE, batches
 
 
@@ -25,19 +26,17 @@ def held_out_loss(
         batch_size: rows per forward pass; it does not change the result.
         name: shown at the progress bar.
     """
-    training = model.training
-    model.eval()
     total, tokens = 0.0, 0
     steps = -(-len(dataset) // batch_size)
-    for batch in tqdm(batches(dataset, batch_size, pad_token_id, model.device), name, steps, leave=False):
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        total += losses.item()
-        tokens += int((labels != IGNORE).sum())
-    model.train(training)
+    with evaluation_mode(model):
+        for batch in tqdm(batches(dataset, batch_size, pad_token_id, model.device), name, steps, leave=False):
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch, use_cache=False).logits[:, :-1]
+            losses = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            total += losses.item()
+            tokens += int((labels != IGNORE).sum())
     return total / tokens
 
 
@@ -46,11 +45,9 @@ def sample_answer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]], *, max_new_tokens: int = 60
 ) -> str:
     """The model's greedy answer to a conversation."""
-    training = model.training
-    model.eval()
     inputs = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    model.train(training)
+    with evaluation_mode(model):
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
