@@ -63,8 +63,7 @@ def calibrate(
         ValueError: for an unknown method, a ridge that is not positive, no data, batches without `input_ids`, no
             tokens, or activations that are not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not a calibration method; use one of {', '.join(METHODS)}")
+    check_method(method)
     if not (isinstance(ridge, (int, float)) and math.isfinite(ridge) and ridge > 0):
         raise ValueError(f"ridge={ridge!r} must be a positive number, such as 0.01")
     if max_batches is not None and max_batches < 1:
@@ -103,6 +102,12 @@ def calibrate(
     if progress:
         tqdm.write(str(report))
     return report
+
+
+def check_method(method: str) -> None:
+    """Raise ValueError if `method` does not name a way to calibrate."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not a calibration method; use one of {', '.join(METHODS)}")
 
 
 class _Calibration:

@@ -15,7 +15,7 @@ class Journal:
     Results of finished steps in `directory/journal.json`.
 
     Args:
-        directory: the run's output directory, created if needed.
+        directory: the run's output directory, created with the first result.
         settings: what the run was asked to do, as JSON types.
 
     Raises:
@@ -33,7 +33,6 @@ class Journal:
         else:
             if directory.exists() and any(directory.iterdir()):
                 raise ValueError(f"{directory} exists and holds no run to continue; choose another output directory")
-            directory.mkdir(parents=True, exist_ok=True)
             self.results = {}
         self._settings = settings
 
@@ -41,6 +40,7 @@ class Journal:
         """The result of the step `name`: from the journal if it has finished before, else by running `action`."""
         if name not in self.results:
             self.results[name] = action()
+            self.directory.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 self._path, json.dumps({"settings": self._settings, "results": self.results}, indent=2) + "\n"
             )

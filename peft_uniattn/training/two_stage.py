@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from ..calibration import calibrate
+from ..calibration import calibrate, check_method
 from ..config import UniAttnConfig
 from ..inspection import find_adapter
 from ..standalone import to_standalone
@@ -53,18 +53,21 @@ class TwoStageSettings:
         seed: of everything random.
     """
 
-    max_length: int = 256
+    max_length: int = 160
     calibration_examples: int = 64
-    held_out_examples: int = 32
+    held_out_examples: int = 24
     calibration_method: str = "ridge"
     batch_size: int = 4
-    stage1_steps: int = 20
-    stage2_steps: int = 20
+    stage1_steps: int = 16
+    stage2_steps: int = 16
     stage1_learning_rate: float = 5e-4
     stage2_learning_rate: float = 1e-4
-    save_steps: int = 10
+    save_steps: int = 8
     compare_with_base: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_method(self.calibration_method)
 
 
 @dataclass
@@ -143,6 +146,8 @@ class TwoStageRun:
 
     def _base(self) -> dict[str, Any]:
         model, tokenizer, name = self.load_base()
+        # Wrap and unwrap once, so that a plan that does not fit is refused before anything takes time.
+        model = get_peft_model(model, self.config).unload()
         return {
             "name": name,
             "loss": self._loss(model, "base"),
