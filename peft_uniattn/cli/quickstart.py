@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,8 @@ def quickstart(
     """
     with reported(continue_with=shlex.join(["peft-uniattn", *sys.argv[1:]])):
         # Only now: trl and datasets take seconds that --help should not.
+        import datasets
+        import transformers
         from rich.console import Console
         from rich.table import Table
 
@@ -52,6 +55,12 @@ def quickstart(
         from ..quickstart.data import load_examples
         from ..training.journal import write_atomically
         from ..training.two_stage import TwoStageRun, TwoStageSettings
+
+        # The bars of loading and tokenizing, over in a second, and what libraries tell one another.
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        warnings.simplefilter("ignore", FutureWarning)
 
         config = UniAttnConfig(
             task_type="CAUSAL_LM",

@@ -18,6 +18,7 @@ import trl
 from datasets import Dataset, DatasetDict
 from peft import PeftModel, get_peft_model
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -104,10 +105,10 @@ class TwoStageRun:
         plan = {name: getattr(self.config, name) for name in ("superblock_size", "start_layer", "end_layer", "r")}
         plan["superblocks"] = self.config.superblocks
         journal = Journal(self.output_dir, {"data": self.data_name, **plan, **asdict(self.settings)})
-        base = journal.step("base", self._timed(self._base))
-        calibrated = journal.step("calibrated", self._timed(self._calibrate))
-        stage1 = journal.step("stage 1", self._timed(self._stage1))
-        stage2 = journal.step("stage 2", self._timed(self._stage2))
+        base = self._step(journal, "base", self._base)
+        calibrated = self._step(journal, "calibration", self._calibrate)
+        stage1 = self._step(journal, "stage 1", self._stage1)
+        stage2 = self._step(journal, "stage 2", self._stage2)
         losses = {
             "base": base["loss"],
             "unified, no compensation": calibrated["loss_before"],
@@ -117,7 +118,7 @@ class TwoStageRun:
         }
         steps = [base, calibrated, stage1, stage2]
         if self.settings.compare_with_base:
-            plain = journal.step("fine-tuned base", self._timed(self._plain))
+            plain = self._step(journal, "fine-tuned base", self._plain)
             losses["plain fine-tuned base"] = plain["loss"]
             steps.append(plain)
         receipt = Receipt(
@@ -215,6 +216,17 @@ class TwoStageRun:
 
     # What they share.
 
+    @staticmethod
+    def _step(journal: Journal, name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        def timed() -> dict[str, Any]:
+            started = time.perf_counter()
+            result = action()
+            return {**result, "seconds": time.perf_counter() - started}
+
+        result = journal.step(name, timed)
+        tqdm.write(f"{name}: held-out loss {result['loss']:.4f}, {result['seconds']:.0f} s")
+        return result
+
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return self.load_base()[1]
@@ -269,15 +281,6 @@ class TwoStageRun:
         batch = next(batches(self._test, 2, self._tokenizer.pad_token_id, first.device))
         del batch["labels"]
         return (first.eval()(**batch).logits - second.eval()(**batch).logits).abs().max().item()
-
-    @staticmethod
-    def _timed(step: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-        def timed() -> dict[str, Any]:
-            started = time.perf_counter()
-            result = step()
-            return {**result, "seconds": time.perf_counter() - started}
-
-        return timed
 
 
 def _environment() -> dict[str, str]:

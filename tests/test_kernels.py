@@ -1,0 +1,116 @@
+"""The kernels' specification and their dispatch; neither needs Triton or a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_uniattn import kernels
+from peft_uniattn.attention import apply_probabilities, decode_probabilities
+from peft_uniattn.kernels import naive
+
+
+def inputs(batch=2, query_heads=4, kv_heads=2, length=11, head_dim=8):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads, length):
+        return torch.randn(batch, heads, length, head_dim, dtype=torch.float64, generator=generator)
+
+    return random(query_heads, 1), random(kv_heads, length), random(kv_heads, length)
+
+
+@pytest.fixture
+def kernel_mode():
+    before = kernels._mode
+    yield
+    kernels.use(before)
+
+
+@pytest.mark.parametrize("query_heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+def test_specification_is_scaled_dot_product_attention(query_heads, kv_heads):
+    query, key, value = inputs(query_heads=query_heads, kv_heads=kv_heads)
+    mask = torch.rand(2, 1, 1, 11, generator=torch.Generator().manual_seed(1)) > 0.3
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.4, enable_gqa=True)
+    output, probabilities = naive.leader_decode(query, key, value, mask, scaling=0.4)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(naive.follower_decode(probabilities, value), expected)
+
+
+def test_specification_is_what_attention_computes_without_kernels():
+    query, key, value = inputs()
+    mask = torch.zeros(2, 1, 1, 11, dtype=torch.float64)
+    mask[0, ..., :4] = torch.finfo(mask.dtype).min
+    output, probabilities = naive.leader_decode(query, key, value, mask)
+    torch.testing.assert_close(probabilities, decode_probabilities(query, key, mask, None))
+    torch.testing.assert_close(output.transpose(1, 2), apply_probabilities(probabilities, value))
+
+
+def test_a_span_is_the_mask_of_its_positions():
+    query, key, value = inputs()
+    span = torch.tensor([[0, 7], [3, 11]])
+    mask = torch.zeros(2, 1, 1, 11, dtype=torch.bool)
+    mask[0, ..., :7] = mask[1, ..., 3:] = True
+    with_span = naive.leader_decode(query, key, value, span=span)
+    for actual, expected in zip(with_span, naive.leader_decode(query, key, value, mask), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_row_that_sees_nothing_is_zero():
+    query, key, value = inputs()
+    mask = torch.ones(2, 1, 1, 11, dtype=torch.bool)
+    mask[1] = False
+    output, probabilities = naive.leader_decode(query, key, value, mask)
+    assert probabilities[1].abs().max() == output[1].abs().max() == 0
+    assert torch.isfinite(output).all()
+
+
+def test_softcap_bounds_the_scores():
+    query, key, value = inputs()
+    _, probabilities = naive.leader_decode(query * 1e3, key, value, softcap=0.5)
+    # scores in [-0.5, 0.5]: no probability can exceed another by more than e
+    assert (probabilities.amax(-1) / probabilities.amin(-1)).max() <= torch.e + 1e-9
+
+
+def test_off_means_pytorch(kernel_mode):
+    kernels.use("off")
+    assert kernels.decode_kernels(*inputs()) is None
+
+
+def test_unknown_mode_names_the_choices():
+    with pytest.raises(ValueError, match="UNIATTN_KERNELS='fast' is unknown; use one of auto, off, triton"):
+        kernels.use("fast")
+
+
+def test_float64_is_left_to_pytorch():
+    assert kernels.decode_kernels(*inputs()) is None
+
+
+def test_importing_needs_no_triton_and_insisting_on_it_says_so():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from peft_uniattn import kernels\n"
+        "query = torch.zeros(1, 1, 1, 16)\n"
+        "assert kernels.decode_kernels(query, query, query) is None\n"
+        "kernels.use('triton')\n"
+        "try: kernels.decode_kernels(query, query, query)\n"
+        "except ValueError as error: assert 'install it' in str(error)\n"
+        "else: raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"UNIATTN_KERNELS": "auto"})
+
+
+def test_decode_kernels_in_the_interpreter():
+    """Triton has to be told before its first import that it shall interpret, so this is a process of its own."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the same tests run on the GPU here")
+    tests = str(Path(__file__).with_name("test_kernels_decode.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
