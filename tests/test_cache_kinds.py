@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import close, loud, prompt, specification, tiny_adapter, tiny_model
+from conftest import loud, prompt, specification, tiny_adapter, tiny_model
 from oracle import unified_generate
 from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 from transformers.utils import is_hqq_available, is_optimum_quanto_available

@@ -1,4 +1,4 @@
-"""torch.compile: one graph without breaks, no recompilation from token to token, and the results of eager execution."""
+"""torch.compile: one graph without breaks, no recompilation at each token, and the results of eager execution."""
 
 import pytest
 import torch
@@ -79,9 +79,9 @@ def test_a_training_step_with_checkpointing_is_one_graph_too(convert, compiler):
         same(step(model, torch.compile(model, fullgraph=True, backend=compiler)), expected)
 
 
-def compile_config(compiler):
+def compile_config(compiler, **settings):
     mode = "default" if compiler == "inductor" else None
-    config = CompileConfig(fullgraph=True, dynamic=False, mode=mode, backend=compiler)
+    config = CompileConfig(**{"fullgraph": True, "dynamic": False, "mode": mode, "backend": compiler, **settings})
     config._compile_all_devices = True  # as on a GPU, where generate() compiles by itself
     return config
 
@@ -102,16 +102,21 @@ def test_decoding_with_a_static_cache_compiles_once_and_gives_the_same_tokens(co
 
 
 def test_with_a_sliding_window_decoding_compiles_no_more_often_than_the_base_model_does():
-    """transformers compiles anew while the window fills: its cache counts with a Python integer there."""
+    """
+    That is once per length until dynamic shapes set in: transformers' cache counts with a Python integer there.
+
+    With fixed shapes and one graph the base model itself fails after a few tokens.
+    """
     model = build(lambda model: model, "mistral", sliding_window=4)
     options = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": "static"}
-    tokens = model.generate(prompt(), compile_config=compile_config("aot_eager"), **options)
+    settings = {"compile_config": compile_config("aot_eager", fullgraph=False, dynamic=None)}
+    tokens = model.generate(prompt(), **settings, **options)
     graphs = counters["stats"]["unique_graphs"]
     assert torch.equal(tokens, model.generate(prompt(), disable_compile=True, **options))
     torch._dynamo.reset()
     counters.clear()
-    model.unload().generate(prompt(), compile_config=compile_config("aot_eager"), **options)
-    assert graphs <= counters["stats"]["unique_graphs"]
+    model.unload().generate(prompt(), **settings, **options)
+    assert 0 < graphs <= counters["stats"]["unique_graphs"]
 
 
 @kinds
