@@ -20,7 +20,7 @@ from .handover import HANDOVER, Handover, LeaderState
 LEADER_ATTENTION = f"{__name__}.leader"
 
 # What changes the probabilities and is not in the mask; with any of these a leader leaves s to its own back end.
-_SPECIAL = ("softcap", "s_aux", "position_bias")
+_SPECIAL = ("softcap", "s_aux", "position_bias", "cu_seq_lens_k")
 
 
 def intercept_attention(attention: nn.Module) -> bool:
@@ -83,25 +83,38 @@ def leader_attention(
     if handover is None:
         return _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
     if kwargs.get("cache") is not None:
-        raise ValueError("continuous batching is not supported with softmax sharing; use generate()")
+        refuse_continuous_batching()
 
     check_back_end(original_config(module)._attn_implementation)
     grad_enabled = torch.is_grad_enabled()
-    if query.shape[2] == 1 and not grad_enabled and _is_plain(attention_mask, kwargs):
+    if query.shape[2] == 1 and not grad_enabled and _is_plain(key, attention_mask, kwargs):
         probabilities = decode_probabilities(query, key, attention_mask, kwargs.get("scaling"))
         output = apply_probabilities(probabilities, value)
     else:
         output, probabilities = _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
     # With autograd, followers recompute s: sharing it would keep (length x length) tensors across checkpointed layers.
-    shared = None if grad_enabled else probabilities
+    # In its place flex_attention returns the logarithms of the denominators, of three dimensions.
+    shared = None if grad_enabled or probabilities is None or probabilities.dim() != 4 else probabilities
     handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, shared, grad_enabled))
     return output, probabilities
 
 
-def _is_plain(mask: Any, kwargs: dict[str, Any]) -> bool:
+def _is_plain(key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
     """Whether s is softmax(scores + mask) of tensors at hand, as opposed to a back end's own masks and extras."""
-    return (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4)) and not any(
-        kwargs.get(name) is not None for name in _SPECIAL
+    if any(kwargs.get(name) is not None for name in _SPECIAL):
+        return False
+    if mask is None:
+        # Without a mask, flash_attention_2 applies the window by itself.
+        window = kwargs.get("sliding_window")
+        return window is None or key.shape[2] <= window
+    return isinstance(mask, torch.Tensor) and mask.dim() == 4
+
+
+def refuse_continuous_batching(*args: Any, **kwargs: Any) -> None:
+    """Stands in for the entrance to continuous batching, which hides the errors of a forward pass in its results."""
+    raise ValueError(
+        "continuous batching is not supported with softmax sharing, neither by generate_batch() nor by "
+        'cache_implementation="paged"; use generate() with a dynamic or static cache'
     )
 
 
@@ -163,7 +176,6 @@ def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torc
 def _back_end(attention: nn.Module) -> Callable:
     """The attention function that `attention` would call by itself."""
     name = original_config(attention)._attn_implementation
-    check_back_end(name)
     # "eager" is a function of each modelling file rather than a registered one; classes mixed in on top have none.
     modules = (sys.modules[cls.__module__] for cls in type(attention).__mro__)
     eager = next(module.eager_attention_forward for module in modules if hasattr(module, "eager_attention_forward"))

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    QuantizedCache,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
-_CACHES = (DynamicCache, StaticCache)
-_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_CACHES = (DynamicCache, StaticCache, QuantizedCache)
+
+
+class ValuesOnlyMixin:
+    """Lets a quantized layer pass by tensors of width zero, which its back end cannot quantize."""
+
+    def _quantize(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super()._quantize(tensor, *args, **kwargs) if tensor.shape[-1] else (tensor, None)
+
+    def _dequantize(self, quantized: Any) -> torch.Tensor:
+        passed_by = isinstance(quantized, tuple) and quantized[1] is None
+        return quantized[0] if passed_by else super()._dequantize(quantized)
+
+
+def _values_only(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    return type(f"ValuesOnly{layer_class.__name__}", (ValuesOnlyMixin, layer_class), {"__module__": __name__})
+
+
+# Stock layers that quantize, and what they become where a follower stores values.
+_QUANTIZED = {
+    layer_class: _values_only(layer_class)
+    for name in ("QuantoQuantizedLayer", "HQQQuantizedLayer", "Fp8QuantizedLayer")
+    if (layer_class := getattr(cache_utils, name, None))
+}
+_LAYERS = (
+    *(DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer),
+    *_QUANTIZED,
+    *_QUANTIZED.values(),
+)
 
 
 def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: int) -> torch.Tensor:
@@ -28,7 +59,7 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: 
     stored.
 
     Args:
-        cache: a dynamic or static cache, as `generate()` creates it.
+        cache: a dynamic, static or quantized cache, as `generate()` creates it.
         value: (batch, key/value heads, new tokens, head_dim).
         layer_idx: the follower's own layer index.
         leader_idx: its leader's, whose window the follower's layer of the cache takes over.
@@ -53,7 +84,7 @@ def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
     if layer_idx >= len(cache.layers):
         return
     layer, leader = cache.layers[layer_idx], cache.layers[leader_idx]
-    same_kind = type(layer) is type(leader)
+    same_kind = type(layer) is _QUANTIZED.get(type(leader), type(leader))
     has_keys = layer.is_initialized and layer.values.dim() == 4 and layer.values.shape[-1] > 0
     if same_kind and not has_keys:
         return
@@ -64,6 +95,8 @@ def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
     if same_kind:
         # A static cache that was made in advance has room for keys as well.
         layer.values = layer.values[..., :0].contiguous()
+    elif type(layer) in _QUANTIZED:
+        cache.layers[layer_idx] = _without_keys(layer)
     else:
         # s of a leader with full attention needs all values, not a window of them.
         arguments = {
@@ -72,10 +105,19 @@ def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
         cache.layers[layer_idx] = type(leader)(**arguments)
 
 
+def _without_keys(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """The values-only version of an empty quantized layer."""
+    values_only = object.__new__(_QUANTIZED[type(layer)])
+    vars(values_only).update(vars(layer))
+    if hasattr(layer, "axis_value"):
+        values_only.axis_key = layer.axis_value
+    return values_only
+
+
 def _refuse(cache: object) -> ValueError:
     return ValueError(
         f"a cache of type {type(cache).__name__} is not supported with softmax sharing; use a DynamicCache or a "
-        'StaticCache (generate(cache_implementation="dynamic" or "static"))'
+        'StaticCache (generate(cache_implementation="dynamic" or "static")), or a QuantizedCache'
     )
 
 
@@ -86,9 +128,21 @@ def kv_bytes(cache: Cache) -> int:
 
 def _tensors(cache: Cache) -> Iterator[torch.Tensor]:
     for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None:
-                yield tensor
+        for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
+            yield from _parts(getattr(layer, name, None))
+
+
+def _parts(stored: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors in what a layer stores: a tensor, or a quantized one with its scales, in some container."""
+    if isinstance(stored, dict):
+        stored = tuple(stored.values())
+    elif hasattr(stored, "__tensor_flatten__"):
+        stored = tuple(getattr(stored, name) for name in stored.__tensor_flatten__()[0])
+    if isinstance(stored, torch.Tensor):
+        yield stored
+    elif isinstance(stored, tuple):
+        for part in stored:
+            yield from _parts(part)
 
 
 def kv_bytes_per_token(config, followers: int, dtype: torch.dtype) -> int:

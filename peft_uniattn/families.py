@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-BACK_ENDS = ("eager", "sdpa")
+BACK_ENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 
 # What an attention module needs for its queries and keys only; a follower has no use for it.
 _QUERY_AND_KEY = (

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .attention import refuse_continuous_batching
 from .config import UniAttnConfig
 from .families import check_back_end, find_decoder, find_family
 from .handover import install_handover, remove_handover
@@ -115,6 +116,8 @@ class UniAttnModel(BaseTuner):
             for name in names:
                 layer.uniattn_leader.setdefault(name, None)
         install_handover(find_decoder(model, layers[0].family).backbone)
+        # On the model itself, from which generate_batch() is called, rather than on this wrapper.
+        model.init_continuous_batching = refuse_continuous_batching
 
     def _forget(self, model: nn.Module, adapter_name: str) -> None:
         """Undo what PEFT and transformers note about an adapter before they try to inject it."""
@@ -154,6 +157,7 @@ class UniAttnModel(BaseTuner):
         for layer in layers:
             layer.unwrap()
         remove_handover(backbone)
+        del model.init_continuous_batching
         return model
 
     @classmethod

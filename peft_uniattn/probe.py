@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,19 +46,35 @@ def check_sharing(model: nn.Module, decoder: Decoder, layers: list[int]) -> None
     try:
         embedding = model.get_input_embeddings().weight
         ids = torch.arange(_LENGTH, device=embedding.device).unsqueeze(0) % embedding.shape[0]
-        with evaluation_mode(model):
-            decoder.backbone(input_ids=ids, use_cache=False, **{HANDOVER: handover})
-        for layer, attention in attentions.items():
-            if not handover.has(layer):
-                raise _refusal(model, layer, "it does not pass the leader's hand-over to its attention")
-            hidden_states, expected = seen[layer]
-            output, _ = follow(attention, decoder.family, layer, hidden_states, handover)
-            _check_equal(model, layer, output, expected)
+        with _runnable_back_end(decoder.backbone.config):
+            with evaluation_mode(model):
+                decoder.backbone(input_ids=ids, use_cache=False, **{HANDOVER: handover})
+            for layer, attention in attentions.items():
+                if not handover.has(layer):
+                    raise _refusal(model, layer, "it does not pass the leader's hand-over to its attention")
+                hidden_states, expected = seen[layer]
+                output, _ = follow(attention, decoder.family, layer, hidden_states, handover)
+                _check_equal(model, layer, output, expected)
     finally:
         for hook in hooks:
             hook.remove()
         for attention in intercepted:
             release_attention(attention)
+
+
+@contextmanager
+def _runnable_back_end(config: Any) -> Iterator[None]:
+    """
+    Put eager in the place of back ends that compile for seconds or run on a GPU only, as the model may not be on one.
+
+    What the probe looks for does not depend on the back end.
+    """
+    name = config._attn_implementation
+    config._attn_implementation = name if name in ("eager", "sdpa") else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
 
 
 def _check_equal(model: nn.Module, layer: int, output: torch.Tensor, expected: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .attention import follow, intercept_attention, past_key_values
+from .attention import follow, intercept_attention, past_key_values, refuse_continuous_batching
 from .families import FAMILIES, Family, check_back_end, find_decoder
 from .handover import HANDOVER, install_handover
 from .plan import make_plan
@@ -110,6 +110,9 @@ class UniAttnModelMixin:
             attention.__class__ = follower_class(type(attention))
             attention.become_follower(leader, family, config.hidden_size, config.compensation_rank)
         install_handover(decoder.backbone)
+
+    # generate_batch() and generate(cache_implementation="paged") begin with it.
+    init_continuous_batching = refuse_continuous_batching
 
     def initialize_weights(self) -> None:
         # A compensation that a checkpoint lacks. The backbone would initialise it like any other linear map.

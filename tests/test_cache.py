@@ -5,7 +5,7 @@ import torch
 from conftest import close, loud, prompt, specification, tiny_adapter, tiny_model
 from oracle import unified_logits
 from torch import nn
-from transformers import Cache, DynamicCache, LlamaConfig, QuantizedCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from peft_uniattn.cache import cache_values, kv_bytes, kv_bytes_per_token
@@ -287,7 +287,7 @@ class OtherLayer(DynamicLayer):
     """A cache layer of a kind that nobody has checked."""
 
 
-@pytest.mark.parametrize("cache_class", [OtherCache, QuantizedCache, Cache])
+@pytest.mark.parametrize("cache_class", [OtherCache, EncoderDecoderCache, Cache])
 def test_an_unsupported_cache_is_refused_by_name(cache_class):
     cache = cache_class.__new__(cache_class)
     with pytest.raises(ValueError, match=f"type {cache_class.__name__} is not supported .* DynamicCache or a Static"):
