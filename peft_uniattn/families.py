@@ -60,11 +60,14 @@ class Family:
                 value = nn.functional.linear(hidden_states, projection.weight[rows], bias)
             else:  # quantized weights cannot be sliced
                 value = projection(hidden_states)[..., rows]
+        if (limit := getattr(attention.config, "clip_qkv", None)) is not None:
+            value = value.clamp(-limit, limit)
         return value.unflatten(-1, (-1, self.head_dim(attention))).transpose(1, 2)
 
     def project_output(self, attention: nn.Module, heads: torch.Tensor) -> torch.Tensor:
         """W_o on the heads' outputs (batch, length, query heads, head_dim): (batch, length, hidden size)."""
-        return getattr(attention, self.output)(heads.flatten(2))
+        output = getattr(attention, self.output)(heads.flatten(2))
+        return nn.functional.dropout(output, getattr(attention, "residual_dropout", 0.0), attention.training)
 
     def separate(self) -> Family:
         """The same family once a follower's V has a projection of its own, `v_proj`."""
@@ -87,7 +90,9 @@ FAMILIES: dict[str, Family] = {
             *("gemma", "gemma2", "gemma3_text", "vaultgemma", "gpt_oss", "llama4_text"),
             *("olmo", "olmo2", "olmo3", "olmoe", "flex_olmo", "cohere", "cohere2", "phimoe", "helium"),
             *("granite", "granitemoe", "granitemoeshared", "starcoder2", "glm", "glm4", "glm4_moe", "exaone4"),
-            *("hunyuan_v1_dense", "hunyuan_v1_moe", "ernie4_5", "ernie4_5_moe"),
+            *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "ernie4_5", "ernie4_5_moe", "cohere2_moe", "cwm"),
+            *("exaone_moe", "flint", "hyperclovax", "internlm3", "iquestcoder", "kolibri1", "mellum", "minimax_m2"),
+            *("solar_open", "aria_text"),
         ),
         _SEPARATE,
     ),
@@ -108,12 +113,16 @@ _OTHER_VALUE = "its attention treats values or outputs in a way of its own"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "glm_moe_dsa"), _MLA),
+    "glm4_moe_lite": _MLA,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "zamba", "zamba2", "falcon_h1", "lfm2"), _HYBRID),
     **dict.fromkeys(("mamba", "mamba2", "rwkv", "recurrent_gemma", "granitemoehybrid", "minimax"), _HYBRID),
+    **dict.fromkeys(
+        ("nemotron_h", "falcon_mamba", "olmo_hybrid", "kimi_linear", "qwen3_5_moe_text", "xlstm"), _HYBRID
+    ),
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARES),
     **dict.fromkeys(("stablelm", "nemotron"), _DROPS),
     **dict.fromkeys(("gptj", "gpt_neo", "bloom", "falcon", "mpt", "codegen", "xglm", "gpt_neox_japanese"), _OLD),
-    **dict.fromkeys(("diffllama", "doge", "bitnet", "afmoe", "gpt2", "gpt_bigcode"), _OTHER_VALUE),
+    **dict.fromkeys(("diffllama", "doge", "bitnet", "afmoe", "laguna", "gpt2", "gpt_bigcode"), _OTHER_VALUE),
 }
 
 
