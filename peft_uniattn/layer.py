@@ -13,6 +13,7 @@ from .attention import follow, intercept_attention, past_key_values, release_att
 from .config import UniAttnConfig
 from .families import Family
 from .handover import HANDOVER
+from .quantized import check_trainable
 
 
 class UniAttnLayer(nn.Module, BaseTunerLayer):
@@ -152,6 +153,8 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
 
     def _compensate(self, hidden_states: torch.Tensor, adapter: str) -> torch.Tensor:
         linears = self._compensation(adapter)
+        if torch.is_grad_enabled() and linears[0].weight.requires_grad:
+            check_trainable(getattr(self.base_layer, self.family.value))
         result = self._cast_input_dtype(hidden_states, linears[0].weight.dtype)
         for linear in linears:
             result = linear(result)

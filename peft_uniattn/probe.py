@@ -46,12 +46,12 @@ def check_sharing(model: nn.Module, decoder: Decoder, layers: list[int]) -> None
         ids = torch.arange(_LENGTH, device=embedding.device).unsqueeze(0) % embedding.shape[0]
         with evaluation_mode(model):
             decoder.backbone(input_ids=ids, use_cache=False, **{HANDOVER: handover})
-        for layer, attention in attentions.items():
-            if not handover.has(layer):
-                raise _refusal(model, layer, "it does not pass the leader's hand-over to its attention")
-            hidden_states, expected = seen[layer]
-            output, _ = follow(attention, decoder.family, layer, hidden_states, handover)
-            _check_equal(model, layer, output, expected)
+            for layer, attention in attentions.items():
+                if not handover.has(layer):
+                    raise _refusal(model, layer, "it does not pass the leader's hand-over to its attention")
+                hidden_states, expected = seen[layer]
+                output, _ = follow(attention, decoder.family, layer, hidden_states, handover)
+                _check_equal(model, layer, output, expected)
     finally:
         for hook in hooks:
             hook.remove()
