@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Some CPUs have a kernel for 4-bit weights that wants them in another layout. bitsandbytes rearranges them in place when
-# a layer first runs in evaluation mode, rounds their scales to bfloat16, and autograd does not see that kernel.
+# Some CPUs have a kernel for 4-bit weights that wants them in another layout. bitsandbytes rearranges them in place
+# when a layer first runs in evaluation mode, and rounds their scales to bfloat16. Autograd does not see that kernel.
 _FOUR_BIT = "Linear4bit"
 _QUANTIZED = (_FOUR_BIT, "Linear8bitLt")
 
@@ -28,8 +28,8 @@ def check_trainable(module: nn.Module) -> None:
     """Raise RuntimeError if gradients would get lost in the linear map `module`."""
     if is_repacked(module):
         raise RuntimeError(
-            "bitsandbytes has repacked these 4-bit weights for inference on this CPU, and gradients no longer pass them; "
-            "load the base anew and train before anything runs in evaluation mode, or first set "
+            "bitsandbytes has repacked these 4-bit weights for inference on this CPU, and gradients no longer pass "
+            "them; load the base anew and train before anything runs in evaluation mode, or first set "
             "support_avx512bf16_for_cpu = False on every Linear4bit of it (for inference, use torch.no_grad())"
         )
 
@@ -76,6 +76,6 @@ def _dequantize(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
 
 def _refusal() -> ValueError:
     return ValueError(
-        "the base model is quantized in a way other than bitsandbytes' linear layers, and a standalone model is saved and "
-        "trained in floating point; load the base unquantized, apply the adapter to it, and convert that"
+        "the base model is quantized in a way other than bitsandbytes' linear layers, and a standalone model is saved "
+        "and trained in floating point; load the base unquantized, apply the adapter to it, and convert that"
     )

@@ -37,7 +37,8 @@ def to_standalone(
         check_finite: refuse a compensation with NaN or infinite values.
 
     Raises:
-        ValueError: if there is no such adapter, if the base is quantized by other means, or if `check_finite` finds something.
+        ValueError: if there is no such adapter, if the base is quantized by other means, or if `check_finite` finds
+            something.
     """
     adapter = find_adapter(model, adapter_name)
     base = adapter.base

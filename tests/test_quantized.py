@@ -261,7 +261,7 @@ def test_a_real_quantized_checkpoint_goes_the_whole_way(bits, tmp_path):
     base, _, _ = load_checkpoint(dtype=torch.float32)
     base.save_pretrained(tmp_path / "base")
 
-    texts = ["The capital of France is Paris, and the capital of Italy is Rome.", "Water boils at 100 degrees Celsius."]
+    texts = ["The capital of France is Paris, and that of Italy is Rome.", "Water boils at 100 degrees Celsius."]
     batches = [dict(tokenizer([text], return_tensors="pt")) for text in texts * 2]
     model = get_peft_model(quantized(tmp_path / "base", bits), UniAttnConfig(task_type="CAUSAL_LM", r=16))
     assert sum(isinstance(module, UniAttnLayer) for module in model.modules()) == 12
