@@ -13,6 +13,7 @@ from .attention import follow, intercept_attention, past_key_values, release_att
 from .config import UniAttnConfig
 from .families import Family
 from .handover import HANDOVER
+from .quantized import check_trainable
 
 
 class UniAttnLayer(nn.Module, BaseTunerLayer):
@@ -127,6 +128,8 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         if leader_idx == self.layer_idx:
             return self.base_layer(hidden_states, *args, **kwargs)
+        args, kwargs = self._run_pre_hooks((hidden_states, *args), kwargs)
+        hidden_states = args[0]
         output, probabilities = follow(
             self.base_layer,
             self.family,
@@ -136,14 +139,20 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
             past_key_values(kwargs),
         )
         result = output + self._compensate(hidden_states, adapter), probabilities
-        return self._run_hooks((hidden_states, *args), kwargs, result)
+        return self._run_hooks(args, kwargs, result)
+
+    # Hooks on the attention module see a follower as if that module had run. Among them are those by which
+    # transformers collects `output_attentions`, and pairs of hooks by which DeepSpeed follows the flow of a forward.
+
+    def _run_pre_hooks(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        for key, hook in self.base_layer._forward_pre_hooks.items():
+            if key in self.base_layer._forward_pre_hooks_with_kwargs:
+                args, kwargs = hook(self.base_layer, args, kwargs) or (args, kwargs)
+            elif (changed := hook(self.base_layer, args)) is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+        return args, kwargs
 
     def _run_hooks(self, args: tuple, kwargs: dict[str, Any], result: tuple) -> tuple:
-        """
-        Let forward hooks on the attention module see a follower's result as if that module had run.
-
-        Among them are those by which transformers collects `output_attentions`.
-        """
         for key, hook in self.base_layer._forward_hooks.items():
             with_kwargs = key in self.base_layer._forward_hooks_with_kwargs
             changed = hook(self.base_layer, args, *((kwargs,) if with_kwargs else ()), result)
@@ -152,6 +161,8 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
 
     def _compensate(self, hidden_states: torch.Tensor, adapter: str) -> torch.Tensor:
         linears = self._compensation(adapter)
+        if torch.is_grad_enabled() and linears[0].weight.requires_grad:
+            check_trainable(getattr(self.base_layer, self.family.value))
         result = self._cast_input_dtype(hidden_states, linears[0].weight.dtype)
         for linear in linears:
             result = linear(result)

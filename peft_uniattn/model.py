@@ -13,10 +13,11 @@ from torch import nn
 
 from .attention import refuse_continuous_batching
 from .config import UniAttnConfig
-from .families import check_back_end, find_decoder, find_family
+from .families import Decoder, check_back_end, find_decoder, find_family
 from .handover import install_handover, remove_handover
 from .inspection import uniattn_layers
 from .layer import UniAttnLayer, merge_refusal
+from .plan import Plan
 from .probe import check_sharing
 
 
@@ -63,6 +64,7 @@ class UniAttnModel(BaseTuner):
         targets = {decoder.attention_name(layer) for layer in plan.leader_of}
         _check_targets(peft_config, targets)
         _check_modules_to_save(peft_config, self.model, targets)
+        _check_not_offloaded(decoder, plan)
         bare = [layer for layer in plan.leader_of if not isinstance(decoder.attention(layer), UniAttnLayer)]
         check_sharing(self.model, decoder, bare)
         peft_config.target_modules = sorted(targets)
@@ -213,6 +215,17 @@ def _check_modules_to_save(peft_config: UniAttnConfig, model: nn.Module, targets
             raise ValueError(
                 f"modules_to_save={peft_config.modules_to_save!r} names {name!r}, which is inside an attention module "
                 "that UniAttn wraps; leave it out, or train it in the model that to_standalone() returns"
+            )
+
+
+def _check_not_offloaded(decoder: Decoder, plan: Plan) -> None:
+    """Raise ValueError if accelerate fetches weights of wrapped layers on use: it would not fetch a compensation."""
+    for layer in plan.leader_of:
+        attention = decoder.attention(layer)
+        if any(p.is_meta for p in attention.parameters()) and any(hasattr(m, "_hf_hook") for m in attention.modules()):
+            raise ValueError(
+                f"decoder layer {layer} is offloaded to the CPU or to disk, and a compensation would not be fetched "
+                "with it; give it a device in device_map, or offload the model that to_standalone() returns instead"
             )
 
 

@@ -46,9 +46,8 @@ def check_sharing(model: nn.Module, decoder: Decoder, layers: list[int]) -> None
     try:
         embedding = model.get_input_embeddings().weight
         ids = torch.arange(_LENGTH, device=embedding.device).unsqueeze(0) % embedding.shape[0]
-        with _runnable_back_end(decoder.backbone.config):
-            with evaluation_mode(model):
-                decoder.backbone(input_ids=ids, use_cache=False, **{HANDOVER: handover})
+        with _runnable_back_end(decoder.backbone.config), evaluation_mode(model):
+            decoder.backbone(input_ids=ids, use_cache=False, **{HANDOVER: handover})
             for layer, attention in attentions.items():
                 if not handover.has(layer):
                     raise _refusal(model, layer, "it does not pass the leader's hand-over to its attention")

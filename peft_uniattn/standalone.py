@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .inspection import Adapter, find_adapter
+from .quantized import dequantized
 from .standalone_modeling import standalone_class, standalone_config_class
 
 
@@ -26,7 +27,8 @@ def to_standalone(
 
     W_c becomes an ordinary weight in the data type of the base, and the followers' query and key projections are
     gone. The result saves, loads (`AutoModelForCausalLM.from_pretrained` once `peft_uniattn` is imported, or with
-    `trust_remote_code=True` where it is not installed), trains fully, and takes LoRA.
+    `trust_remote_code=True` where it is not installed), trains fully, and takes LoRA. A base that bitsandbytes has
+    quantized is de-quantized, in a copy.
 
     Args:
         model: a `PeftModel`, or a transformers model with an adapter added by `add_adapter` or `load_adapter`.
@@ -35,7 +37,8 @@ def to_standalone(
         check_finite: refuse a compensation with NaN or infinite values.
 
     Raises:
-        ValueError: if there is no such adapter, if the base is quantized, or if `check_finite` finds something.
+        ValueError: if there is no such adapter, if the base is quantized by other means, or if `check_finite` finds
+            something.
     """
     adapter = find_adapter(model, adapter_name)
     base = adapter.base
@@ -45,10 +48,9 @@ def to_standalone(
             "convert a causal language model"
         )
     if getattr(base, "is_quantized", False):
-        raise ValueError(
-            "the base model is quantized, and a standalone model is saved and trained in floating point; load the "
-            "base unquantized, apply the adapter to it, and convert that"
-        )
+        adapter = find_adapter(dequantized(model, base), adapter.name)
+        base = adapter.base
+        share_weights = True
 
     state = _standalone_state(adapter)
     if any(tensor.is_meta for tensor in state.values()):
@@ -83,6 +85,7 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
     base = adapter.base
     fields = base.config.to_dict()
     del fields["model_type"]
+    fields.pop("quantization_config", None)
     fields.update(
         superblocks=[list(block) for block in adapter.plan.superblocks],
         follower_mask=base.peft_config[adapter.name].follower_mask,

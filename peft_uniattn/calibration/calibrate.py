@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from .solve import PositionMeans, TokenStatistics, factorise, regularised, solve
 from .streams import INPUTS, LayerRunner, Spill, original_model, pack_leader, unified_model, unpack_leader
 
 METHODS = ("ridge", "pseudoinverse")
+# Measured: at 3 tokens per dimension calibration made two of three models worse (docs/results/LOG.md), at 16 it helped.
+_TOKENS_PER_DIMENSION = 10
 
 
 def calibrate(
@@ -161,6 +164,16 @@ class _Calibration:
             raise ValueError("dataloader is empty; calibration needs at least one batch")
         if not self.tokens:
             raise ValueError("dataloader holds only padding (attention_mask is 0 everywhere); give it some text")
+        self._warn_of_few_tokens()
+
+    def _warn_of_few_tokens(self) -> None:
+        size = next(iter(self.adapter.layers.values())).hidden_size
+        if self.tokens < _TOKENS_PER_DIMENSION * size:
+            warnings.warn(
+                f"{self.tokens} tokens are few to fit a compensation to {size} dimensions, and held-out loss may get "
+                f"worse instead of better; calibrate on {_TOKENS_PER_DIMENSION * size} tokens or more",
+                stacklevel=4,
+            )
 
     def _fit(self, layer: int, bar: tqdm) -> FollowerError:
         """Sweep once to compute W_c of the follower `layer`, moving on the original stream on the way."""
