@@ -23,7 +23,7 @@ from .solve import PositionMeans, TokenStatistics, factorise, regularised, solve
 from .streams import INPUTS, LayerRunner, Spill, original_model, pack_leader, unified_model, unpack_leader
 
 METHODS = ("ridge", "pseudoinverse")
-# Measured: at 3 tokens per dimension calibration made two of three models worse (docs/results/LOG.md), at 16 it helped.
+# Measured (docs/results/LOG.md): at 3 tokens per dimension calibration made two models worse.
 _TOKENS_PER_DIMENSION = 10
 
 
