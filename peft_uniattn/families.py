@@ -91,7 +91,7 @@ FAMILIES: dict[str, Family] = {
             *("olmo", "olmo2", "olmo3", "olmoe", "flex_olmo", "cohere", "cohere2", "phimoe", "helium"),
             *("granite", "granitemoe", "granitemoeshared", "starcoder2", "glm", "glm4", "glm4_moe", "exaone4"),
             *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "ernie4_5", "ernie4_5_moe", "cohere2_moe", "cwm"),
-            *("exaone_moe", "flint", "hyperclovax", "internlm3", "iquestcoder", "kolibri1", "mellum", "minimax_m2"),
+            *("exaone_moe", "flint", "hyperclovax", "kolibri1", "mellum", "minimax_m2"),
             *("solar_open", "aria_text"),
         ),
         _SEPARATE,

@@ -1,8 +1,9 @@
-"""Architectures that cannot share softmax are refused by name, with the reason; mixed masks as the plan has them."""
+"""What families.py says apart from the suite: refusals by name and reason, plans over mixed masks, dropout."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from family_models import ALL_FAMILIES, CASES, EAGER_ONLY, family_model
 from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, PreTrainedConfig, T5Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -76,3 +77,16 @@ def test_by_default_superblocks_of_gemma_3_stay_within_its_sliding_layers():
     plan = make_plan(26, masks=masks)
     assert plan.superblocks
     assert {masks[layer] for layer in plan.leader_of} == {"sliding_attention"}
+
+
+@pytest.mark.parametrize("model_type", ["starcoder2", "seed_oss"])
+def test_followers_drop_outputs_in_training_as_their_layers_did(model_type):
+    attention = family_model(model_type).model.layers[0].self_attn
+    attention.residual_dropout = 0.5
+    heads = torch.randn(1, 64, 4, 8, dtype=torch.float64)
+    family = FAMILIES[model_type]
+    expected = family.project_output(attention.eval(), heads)
+    dropped = family.project_output(attention.train(), heads)
+    kept = dropped != 0
+    assert 0.4 < kept.double().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * expected[kept])
