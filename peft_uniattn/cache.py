@@ -74,6 +74,11 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: 
         raise _refuse(cache)
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) not in _LAYERS:
         raise _refuse(cache.layers[layer_idx])
+    if cache.offloading:
+        raise ValueError(
+            "an offloaded cache is not supported with softmax sharing: beam search on one did not always give the "
+            'same tokens; use cache_implementation="dynamic", "static" or "quantized"'
+        )
     _prepare(cache, layer_idx, leader_idx)
     values, _ = cache.update(value, value[..., :0], layer_idx)
     return values
