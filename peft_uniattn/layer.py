@@ -45,6 +45,8 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+        # Remembered, because a base that was trained and frozen again cannot be told from one that never was.
+        self.base_was_trained = False
         intercept_attention(base_layer)
 
     @property
@@ -121,6 +123,8 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
         return self.base_layer
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.base_layer.parameters()):
+            self.base_was_trained = True
         adapter = self.active_plan_adapter()
         leader_idx = None if adapter is None else self.uniattn_leader.get(adapter)
         if leader_idx is None:

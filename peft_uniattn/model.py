@@ -236,6 +236,11 @@ def _check_base_is_frozen(model: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer):
             containers = [getattr(module, name) for name in module.adapter_layer_names]
             kept.update(id(p) for container in containers for p in container.parameters())
+    if any(layer.base_was_trained for layer in uniattn_layers(model)):
+        raise ValueError(
+            "the base model's attention was trained together with the adapter, but an adapter file holds only the "
+            "compensation, so that training would be lost; save to_standalone(model) instead"
+        )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in kept:
             raise ValueError(

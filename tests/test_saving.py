@@ -245,6 +245,26 @@ def test_a_trainable_base_is_not_saved_as_an_adapter(config, trained, tmp_path):
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_base_that_was_trained_and_frozen_again_is_not_saved_as_an_adapter(tmp_path):
+    model = adapter().train()
+    model.requires_grad_(True)
+    model(prompt(), labels=prompt()).loss.backward()
+    model.base_model.model.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"was trained together with the adapter.*save to_standalone\(model\) instead"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_evaluating_a_trainable_base_is_no_training(tmp_path):
+    model = adapter()
+    model.requires_grad_(True)
+    model(prompt())
+    model.requires_grad_(False)
+    model.save_pretrained(tmp_path)
+
+
 def test_a_truncated_file_gives_an_error(tmp_path):
     adapter().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
