@@ -41,12 +41,14 @@ class Family:
 
     def value_rows(self, attention: nn.Module) -> slice | torch.Tensor:
         """Which output rows of the `value` projection are V."""
-        width, head_dim = getattr(attention, self.value).out_features, self.head_dim(attention)
         if self.fused is None:
             return slice(None)
+        projection, head_dim = getattr(attention, self.value), self.head_dim(attention)
+        width = projection.out_features
         if self.fused == "blocks":
             return slice(width - attention.num_key_value_heads * head_dim, width)
-        return torch.arange(width).view(-1, 3, head_dim)[:, 2].flatten()
+        # On the weight's device: this runs in every forward, and indices from elsewhere would be copied each time.
+        return torch.arange(width, device=projection.weight.device).view(-1, 3, head_dim)[:, 2].flatten()
 
     def value_states(self, attention: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """V of shape (batch, key/value heads, length, head_dim) from hidden states (batch, length, hidden size)."""

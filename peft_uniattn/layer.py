@@ -123,14 +123,14 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
         return self.base_layer
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        if self.training and torch.is_grad_enabled() and any(p.requires_grad for p in self.base_layer.parameters()):
+        in_training = self.training and torch.is_grad_enabled()
+        if in_training and not self.base_was_trained and any(p.requires_grad for p in self.base_layer.parameters()):
             self.base_was_trained = True
         adapter = self.active_plan_adapter()
         leader_idx = None if adapter is None else self.uniattn_leader.get(adapter)
         if leader_idx is None:
             kwargs.pop(HANDOVER, None)
-            return self.base_layer(hidden_states, *args, **kwargs)
-        if leader_idx == self.layer_idx:
+        if leader_idx in (None, self.layer_idx):
             return self.base_layer(hidden_states, *args, **kwargs)
         args, kwargs = self._run_pre_hooks((hidden_states, *args), kwargs)
         hidden_states = args[0]

@@ -40,8 +40,7 @@ class FollowerMixin:
         value = getattr(self, family.value)
         like = {"device": value.weight.device, "dtype": value.weight.dtype}
         if family.fused is not None:
-            heads = self.config.num_attention_heads * family.head_dim(self)
-            width = heads // self.num_key_value_groups if hasattr(self, "num_key_value_groups") else heads
+            width = value.weight[family.value_rows(self)].shape[0]
             self.v_proj = nn.Linear(value.in_features, width, bias=value.bias is not None, **like)
         for name in family.unused(self):
             delattr(self, name)

@@ -109,6 +109,11 @@ def test_model_cards_carry_the_receipt_and_the_import(finished, artefact):
     assert all(f"{loss:.4f}" in card for loss in receipt.losses.values())
 
 
+def test_the_receipt_is_written_beside_the_artefacts(finished):
+    directory, receipt = finished
+    assert json.loads((directory / "receipt.json").read_text()) == receipt.to_dict()
+
+
 def test_no_training_checkpoints_are_left(finished):
     assert not (finished[0] / "checkpoints").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import warnings
@@ -53,7 +52,6 @@ def quickstart(
         from ..config import UniAttnConfig
         from ..quickstart.checkpoint import load_checkpoint
         from ..quickstart.data import load_examples
-        from ..training.journal import write_atomically
         from ..training.two_stage import TwoStageRun, TwoStageSettings
 
         # The bars of loading and tokenizing, over in a second, and what libraries tell one another.
@@ -86,7 +84,6 @@ def quickstart(
             ),
         )
         receipt = run.run()
-        write_atomically(output_dir / "receipt.json", json.dumps(receipt.to_dict(), indent=2) + "\n")
         table = Table("", "", show_header=False, title="Receipt")
         for row in receipt.rows():
             table.add_row(*row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import time
@@ -29,7 +30,7 @@ from ..inspection import find_adapter
 from ..standalone import to_standalone
 from .data import TokenizedData, batches, tokenize
 from .evaluation import held_out_loss, sample_answer
-from .journal import Journal, save_directory_atomically
+from .journal import Journal, save_directory_atomically, write_atomically
 from .model_card import adapter_card, standalone_card
 from .receipt import Receipt, measured_kv_bytes_per_token
 
@@ -141,6 +142,7 @@ class TwoStageRun:
         shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
         adapter_card(receipt, details).save(self.output_dir / "adapter" / "README.md")
         standalone_card(receipt, details).save(self.output_dir / "model" / "README.md")
+        write_atomically(self.output_dir / "receipt.json", json.dumps(receipt.to_dict(), indent=2) + "\n")
         return receipt
 
     # The steps. Each starts from files, so that it can run in another process than the one before.
