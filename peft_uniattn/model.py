@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,6 +127,29 @@ class UniAttnModel(BaseTuner):
         self.peft_config.pop(adapter_name, None)
         if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Turn on gradient checkpointing as on the model itself, but leave the embeddings' output without gradient.
+
+        transformers gives it one for the sake of reentrant checkpointing, which UniAttn refuses. Backward passes would
+        then recompute and cross all layers below the lowest follower, where nothing is trained.
+        """
+        self._checkpoint(self.model.gradient_checkpointing_enable, gradient_checkpointing_kwargs, kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """[`gradient_checkpointing_enable`] under its name since transformers 5.23."""
+        self._checkpoint(self.model.activation_checkpointing_enable, activation_checkpointing_kwargs, kwargs)
+
+    def _checkpoint(self, enable: Callable[..., None], options: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
+        self.model.disable_input_require_grads()
+        enable(options, **kwargs)
+        if not (options or {}).get("use_reentrant", False):
+            self.model.disable_input_require_grads()
 
     def _check_merge_allowed(self) -> None:
         raise merge_refusal()
