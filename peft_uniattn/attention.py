@@ -1,4 +1,4 @@
-"""How a follower obtains s·V: from the leader's probabilities where they exist, else by the same fused kernel."""
+"""How a follower obtains s·V: from the leader's probabilities where they exist, else by the leader's back end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache import cache_values
 from .families import Family, check_back_end
 from .handover import HANDOVER, Handover, LeaderState
+
+try:
+    # By its full name: a checkpoint carries a copy of this file, and the kernels only where the package is installed.
+    from peft_uniattn.kernels import lead
+except ImportError:
+    lead = None
 
 # Under this name transformers finds the function below. It contains the module's own name, so that a checkpoint's
 # copy of this file and the installed package can live in one process.
@@ -73,8 +79,8 @@ def leader_attention(
     A leader's attention: the model's own back end, recorded for the followers.
 
     A transformers attention function (tensors after RoPE, norms and cache). Without a hand-over among `kwargs` it is
-    exactly the back end. With one, a single decoded token is computed in the open, because followers then read the
-    probabilities instead of all keys.
+    exactly the back end. With one, a single decoded token is computed by a fused kernel that hands over s, or in the
+    open, because followers then read the probabilities instead of all keys.
 
     Returns:
         the heads' outputs (batch, query length, query heads, head_dim) and the probabilities or None.
@@ -87,16 +93,41 @@ def leader_attention(
 
     check_back_end(original_config(module)._attn_implementation)
     grad_enabled = torch.is_grad_enabled()
-    if query.shape[2] == 1 and not grad_enabled and _is_plain(key, attention_mask, kwargs):
+    plain = not grad_enabled and _is_plain(key, attention_mask, kwargs)
+    probabilities = None
+    if plain and (fused := _fused(module, query, key, value, attention_mask, kwargs, handover)) is not None:
+        output, shared = fused
+        state = LeaderState(module, query, key, attention_mask, kwargs, None, grad_enabled, shared)
+        handover.give(module.layer_idx, state)
+        return output, None
+    if plain and query.shape[2] == 1:
         probabilities = decode_probabilities(query, key, attention_mask, kwargs.get("scaling"))
         output = apply_probabilities(probabilities, value)
     else:
         output, probabilities = _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
     # With autograd, followers recompute s: sharing it would keep (length x length) tensors across checkpointed layers.
     # In its place flex_attention returns the logarithms of the denominators, of three dimensions.
-    shared = None if grad_enabled or probabilities is None or probabilities.dim() != 4 else probabilities
-    handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, shared, grad_enabled))
+    kept = None if grad_enabled or probabilities is None or probabilities.dim() != 4 else probabilities
+    handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, kept, grad_enabled))
     return output, probabilities
+
+
+def _fused(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    handover: Handover,
+) -> tuple[torch.Tensor, Any] | None:
+    """Output and s by a fused kernel; None where none fits or is faster, and under eager, whose users want to see s."""
+    config = original_config(module)
+    if lead is None or config._attn_implementation == "eager" or kwargs.get("dropout"):
+        return None
+    configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
+    causal = config._attn_implementation == "sdpa" and kwargs.get("is_causal") is not False
+    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), causal=causal, configured=configured)
 
 
 def _is_plain(key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
@@ -165,6 +196,8 @@ def past_key_values(kwargs: dict[str, Any]) -> Any:
 
 def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
     device = value.device
+    if leader.shared is not None:
+        return leader.shared.to(device).apply(value), None
     if leader.probabilities is not None:
         probabilities = leader.probabilities.to(device)
         return apply_probabilities(probabilities, value), probabilities

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 
+from .kernels import check_kernels
 from .plan import Plan, check_superblock_size, check_superblocks, make_plan
 from .registration import UNIATTN
 
@@ -36,6 +37,12 @@ class UniAttnConfig(PeftConfig):
             Rank of the compensation. `None` (the default) is the full matrix of hidden size by hidden size.
         init_weights (`bool`, defaults to `True`):
             Start with a compensation of zero; `calibrate` replaces it. `False` starts at random, for tests.
+        kernels (`str`, defaults to `"auto"`):
+            Fused kernels in inference: `"auto"` (Triton's where they are faster), `"off"` (PyTorch only) or `"triton"`
+            (Triton's at every size). The environment variable `UNIATTN_KERNELS` overrides it.
+        skip_mass (`float`, defaults to 0.0):
+            How much of the probability mass of a row the kernels' followers may leave out to be faster, below 1. 0
+            leaves out nothing.
         target_modules (`list[str]`, *optional*):
             Filled in from the plan: the attention modules of leaders and followers. Leave it `None`.
         modules_to_save (`list[str]`, *optional*):
@@ -79,6 +86,20 @@ class UniAttnConfig(PeftConfig):
         default=True,
         metadata={"help": "Start with a compensation of zero. False starts at random, for tests."},
     )
+    kernels: str = field(
+        default="auto",
+        metadata={
+            "help": "Fused kernels in inference: 'auto' (Triton's where they are faster), 'off' (PyTorch only) or "
+            "'triton' (Triton's at every size). The environment variable UNIATTN_KERNELS overrides it."
+        },
+    )
+    skip_mass: float = field(
+        default=0.0,
+        metadata={
+            "help": "How much of a row's probability mass the kernels' followers may leave out to be faster, below 1. "
+            "0 leaves out nothing."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Filled in from the plan: the attention modules of leaders and followers. Leave it None."},
@@ -109,6 +130,7 @@ class UniAttnConfig(PeftConfig):
         if self.superblocks is not None:
             check_superblocks(self.superblocks)
             self.superblocks = [list(block) for block in self.superblocks]
+        check_kernels(self.kernels, self.skip_mass)
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise ValueError(f"r={self.r!r} must be None (full compensation) or an integer of 1 or more")
 

@@ -29,7 +29,7 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("uniattn_W", "uniattn_A", "uniattn_B")
-    other_param_names = ("uniattn_leader",)
+    other_param_names = ("uniattn_leader", "uniattn_kernels")
 
     def __init__(self, base_layer: nn.Module, family: Family, hidden_size: int) -> None:
         super().__init__()
@@ -42,6 +42,8 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
         self.uniattn_B = nn.ModuleDict()
         # Adapter name -> layer index of the leader; this layer's own index if it leads, None if it is neither.
         self.uniattn_leader: dict[str, int | None] = {}
+        # Adapter name -> what its configuration says about kernels.
+        self.uniattn_kernels: dict[str, tuple[str, float]] = {}
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
@@ -56,6 +58,7 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: UniAttnConfig, leader_idx: int | None) -> None:
         """Add the adapter `adapter_name`, in which this layer follows the layer `leader_idx`."""
         self.uniattn_leader[adapter_name] = leader_idx
+        self.uniattn_kernels[adapter_name] = (config.kernels, config.skip_mass)
         if leader_idx in (None, self.layer_idx):
             return
         size = self.hidden_size
@@ -130,6 +133,8 @@ class UniAttnLayer(nn.Module, BaseTunerLayer):
         leader_idx = None if adapter is None else self.uniattn_leader.get(adapter)
         if leader_idx is None:
             kwargs.pop(HANDOVER, None)
+        if leader_idx is not None and kwargs.get(HANDOVER) is not None:
+            kwargs[HANDOVER].kernels = self.uniattn_kernels[adapter]
         if leader_idx in (None, self.layer_idx):
             return self.base_layer(hidden_states, *args, **kwargs)
         args, kwargs = self._run_pre_hooks((hidden_states, *args), kwargs)

@@ -88,7 +88,7 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
     fields.pop("quantization_config", None)
     fields.update(
         superblocks=[list(block) for block in adapter.plan.superblocks],
-        follower_mask=base.peft_config[adapter.name].follower_mask,
+        **{name: getattr(base.peft_config[adapter.name], name) for name in ("follower_mask", "kernels", "skip_mass")},
         compensation_rank=adapter.rank,
         tie_word_embeddings=tied,
     )

@@ -128,12 +128,16 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
     The configuration class of the standalone models whose base is configured by `config_class`.
 
     Adds the fields `superblocks` (lists of consecutive layer indices, the leader first), `follower_mask` (see
-    [`make_plan`]) and `compensation_rank` (of W_c; None for the full matrix).
+    [`make_plan`]), `compensation_rank` (of W_c; None for the full matrix), `kernels` and `skip_mass` (see
+    [`UniAttnConfig`]).
     """
     # Configurations are dataclasses, so new fields have to be annotated.
     fields = {"superblocks": list[list[int]] | None, "follower_mask": str, "compensation_rank": int | None}
+    fields |= {"kernels": str, "skip_mass": float}
     members = {
         "__annotations__": fields,
+        "kernels": "auto",
+        "skip_mass": 0.0,
         "superblocks": None,
         "follower_mask": "own",
         "compensation_rank": None,

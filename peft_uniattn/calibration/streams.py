@@ -138,7 +138,7 @@ def _switched(adapter: Adapter, disabled: bool) -> Iterator[None]:
 
 def pack_leader(state: LeaderState) -> dict[str, Any]:
     """A leader's state as a plain dictionary for [`Spill`]; followers recompute the probabilities."""
-    fields = vars(replace(state, probabilities=None))
+    fields = vars(replace(state, probabilities=None, shared=None))
     del fields["attention"]
     return {**fields, "kwargs": {key: value for key, value in state.kwargs.items() if value is not None}}
 

@@ -2,8 +2,8 @@
 Fused kernels, and the one place that decides whether they run.
 
 `UNIATTN_KERNELS` says which: `auto` (the default: Triton's where they are faster), `off` (PyTorch only) or `triton`
-(Triton's for every size; complains where Triton is missing). What a kernel does not support is computed by PyTorch in
-every mode. Importing this package needs neither Triton nor a GPU.
+(Triton's for every size; complains where Triton is missing). Unset, the model's configuration says it. What a kernel
+does not support is computed by PyTorch in every mode. Importing this package needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,25 +22,72 @@ MODES = ("auto", "off", "triton")
 _WORTH_LAUNCHING = 256 * 2**20
 
 
-def use(mode: str) -> None:
-    """Choose the kernels for this process, as `UNIATTN_KERNELS` does when it starts."""
+def use(mode: str | None) -> None:
+    """Choose the kernels for this process, as `UNIATTN_KERNELS` does when it starts; None: as models are configured."""
     global _mode
-    if mode not in MODES:
+    if mode is not None and mode not in MODES:
         raise ValueError(f"UNIATTN_KERNELS={mode!r} is unknown; use one of {', '.join(MODES)}")
     _mode = mode
 
 
+def check_kernels(kernels: str, skip_mass: float) -> None:
+    """Raise ValueError if a configuration's `kernels` or `skip_mass` makes no sense."""
+    if kernels not in MODES:
+        raise ValueError(f"kernels={kernels!r} is unknown; use one of {', '.join(MODES)}")
+    if isinstance(skip_mass, bool) or not isinstance(skip_mass, (int, float)) or not 0 <= skip_mass < 1:
+        raise ValueError(f"skip_mass={skip_mass!r} must be a share of the probability mass, from 0 up to below 1")
+
+
+def lead(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float | None,
+    causal: bool,
+    configured: tuple[str | None, float] = (None, 0.0),
+) -> tuple[torch.Tensor, Any] | None:
+    """
+    A leader's attention without autograd by fused kernels.
+
+    Args:
+        query, key, value, mask: see `naive`.
+        scaling: default head_dim ** -0.5.
+        causal: whether, of several query positions without a mask, position i sees the keys 0 ... i.
+        configured: mode and skip_mass of the model's configuration.
+
+    Returns:
+        output (batch, query length, query heads, head_dim) and the shared softmax, whose `apply(value)` gives a
+        follower's output of the same shape; None where PyTorch is to compute it.
+    """
+    mode = _mode or configured[0] or "auto"
+    if query.shape[2] == 1:
+        if (decode := decode_kernels(query, key, value, mask, mode)) is None:
+            return None
+        span = None if mask is None else decode.visible_span(mask)
+        options = {"span": span, "scaling": scaling, "skip_mass": configured[1]}
+        output, shared = decode.leader_decode(query, key, value, mask, **options)
+        return output.transpose(1, 2), shared
+    return None
+
+
 def decode_kernels(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    mode: str | None = None,
 ) -> ModuleType | None:
     """
     What computes this leader's decoded token faster than PyTorch: the module `decode`, or None.
 
-    Args: see `naive`, which says what is computed.
+    Args: see `naive`, which says what is computed; `mode` defaults to this process's.
     """
-    if _mode == "off" or query.shape[2] != 1 or not _importable(_mode):
+    mode = mode or _mode or "auto"
+    if mode == "off" or query.shape[2] != 1 or not _importable(mode):
         return None
-    if _mode == "auto" and not torch.compiler.is_compiling() and value.nbytes < _WORTH_LAUNCHING:
+    if mode == "auto" and not torch.compiler.is_compiling() and value.nbytes < _WORTH_LAUNCHING:
         return None
     from . import decode
 
@@ -62,4 +110,4 @@ def _import_decode(mode: str) -> bool:
     return True
 
 
-use(os.environ.get("UNIATTN_KERNELS", "auto"))
+use(os.environ.get("UNIATTN_KERNELS") or None)

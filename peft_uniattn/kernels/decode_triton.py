@@ -70,14 +70,17 @@ def _tile(
 @triton.jit(do_not_specialize=["length", "blocks", "splits"])
 def leader_split(
     query_ptr, key_ptr, value_ptr, mask_ptr, mask_batch, span_ptr, span_batch,
-    weights_ptr, reference_ptr, max_ptr, sum_ptr, partial_ptr,
+    weights_ptr, reference_ptr, sums_ptr, max_ptr, sum_ptr, partial_ptr,
     query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row,
     length, blocks, splits, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     MASK: tl.constexpr, LOWEST: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr, SUMS: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one split: unnormalised output, maximum and sum of the split; weights and references of s."""
+    """
+    Attention of one split: unnormalised output, maximum and sum of the split; weights and references of s, and with
+    SUMS the sum of each row and block.
+    """
     split = tl.program_id(0)
     pair = tl.program_id(1)
     batch = pair // KV_HEADS
@@ -123,7 +126,8 @@ def leader_split(
         reference = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp2(scores - reference[:, None])
         decay = tl.exp2(maximum - reference)
-        total = total * decay + tl.sum(weights, 1)
+        sums = tl.sum(weights, 1)
+        total = total * decay + sums
         maximum = highest
 
         value = _tile(value_ptr, value_row, batch, head, block, length, HEAD_DIM, BLOCK, TMA)
@@ -137,6 +141,8 @@ def leader_split(
             mask=real[:, None], eviction_policy="evict_last",
         )  # fmt: skip
         tl.store(reference_ptr + line, maximum, mask=real)
+        if SUMS:
+            tl.store(sums_ptr + line, sums, mask=real)
 
     slot = (pair * GROUP + row).to(tl.int64) * splits + split
     tl.store(max_ptr + slot, maximum, mask=real)
@@ -190,13 +196,16 @@ def leader_combine(
 
 @triton.jit(do_not_specialize=["length", "blocks", "splits"])
 def follower_split(
-    weights_ptr, factors_ptr, value_ptr, span_ptr, span_batch, partial_ptr,
+    weights_ptr, factors_ptr, value_ptr, span_ptr, span_batch, kept_ptr, count_ptr, partial_ptr,
     weights_pair, weights_block, weights_row, value_batch, value_head, value_row, length, blocks, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    FACTORS: tl.constexpr, SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr,
+    FACTORS: tl.constexpr, SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr, KEPT: tl.constexpr,
     TMA: tl.constexpr, PDL: tl.constexpr, COMBINED: tl.constexpr,
 ):  # fmt: skip
-    """s·V of one split, in the type of `partial_ptr` (the output itself where there is one split)."""
+    """
+    s·V of one split, in the type of `partial_ptr` (the output itself where there is one split); with KEPT of the
+    listed blocks only.
+    """
     split = tl.program_id(0)
     pair = tl.program_id(1)
     batch = pair // KV_HEADS
@@ -205,8 +214,14 @@ def follower_split(
         tl.extra.cuda.gdc_wait()
         if COMBINED:
             tl.extra.cuda.gdc_launch_dependents()
-    start, stop = _visible(span_ptr, span_batch, batch, length, SPAN_PARTS, SPAN_PADDED)
-    first, last = _share_of(split, splits, start, stop, BLOCK)
+    if KEPT:
+        count = tl.load(count_ptr + pair)
+        share = tl.cdiv(count, splits)
+        first = split * share
+        last = tl.minimum(first + share, count)
+    else:
+        start, stop = _visible(span_ptr, span_batch, batch, length, SPAN_PARTS, SPAN_PADDED)
+        first, last = _share_of(split, splits, start, stop, BLOCK)
 
     row = tl.arange(0, ROWS)
     column = tl.arange(0, HEAD_DIM)
@@ -217,7 +232,10 @@ def follower_split(
     factors_ptr += pair.to(tl.int64) * blocks * GROUP
 
     accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for block in range(first, last):
+    for index in range(first, last):
+        block = index
+        if KEPT:
+            block = tl.load(kept_ptr + pair.to(tl.int64) * blocks + index)
         value = _tile(value_ptr, value_row, batch, head, block, length, HEAD_DIM, BLOCK, TMA)
         pointer = weights_ptr + block * weights_block + row[:, None] * weights_row + here[None, :]
         if FACTORS:
@@ -253,6 +271,46 @@ def follower_combine(partial_ptr, output_ptr, splits, HEAD_DIM: tl.constexpr, PD
         )  # fmt: skip
         output += tl.sum(partial, 0)
     tl.store(output_ptr + row * HEAD_DIM + column, output.to(output_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["blocks", "bound"])
+def select(
+    sums_ptr, factors_ptr, kept_ptr, count_ptr, dropped_ptr, blocks, bound,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, BLOCKS_PADDED: tl.constexpr, FACTORS: tl.constexpr,
+):  # fmt: skip
+    """
+    The blocks of one group of rows that hold all of the mass but `bound`, in order, and how much the others hold.
+
+    A block counts with the row in which it weighs most, so that the bound holds in every row. The lightest blocks are
+    left out, below a threshold that is found by halving an interval.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS_PADDED)
+    row = tl.arange(0, GROUP_PADDED)
+    real = (block < blocks)[:, None] & (row < GROUP)[None, :]
+    line = (pair * blocks + block[:, None]) * GROUP + row[None, :]
+    if FACTORS:
+        factor = tl.load(factors_ptr + line, mask=real, other=0.0)
+        # A factor of zero also marks what was never written.
+        mass = factor * tl.load(sums_ptr + line, mask=real & (factor != 0.0), other=0.0)
+    else:
+        mass = tl.load(sums_ptr + line, mask=real, other=0.0)
+    mass = tl.max(mass, 1)
+
+    threshold = bound * 0.0
+    highest = bound
+    for _ in range(24):
+        middle = 0.5 * (threshold + highest)
+        fits = tl.sum(tl.where(mass <= middle, mass, 0.0)) <= bound
+        threshold = tl.where(fits, middle, threshold)
+        highest = tl.where(fits, highest, middle)
+    # Not `mass > threshold`: a NaN has to come out.
+    left_out = mass <= threshold
+    keep = (left_out == 0) & (block < blocks)
+    place = tl.cumsum(keep.to(tl.int32)) - 1
+    tl.store(kept_ptr + pair * blocks + place, block, mask=keep)
+    tl.store(count_ptr + pair, tl.sum(keep.to(tl.int32)))
+    tl.store(dropped_ptr + pair, tl.sum(tl.where(left_out, mass, 0.0)))
 
 
 @triton.jit(do_not_specialize=["length", "blocks"])
