@@ -21,6 +21,9 @@ MODES = ("auto", "off", "triton")
 # 64 us for a follower). Without a compiled graph, that is lost where the values are smaller than this many bytes.
 _WORTH_LAUNCHING = 256 * 2**20
 
+# Weighing the tiles of a shorter prompt takes longer than skipping saves.
+_WORTH_SKIPPING = 8192
+
 
 def use(mode: str | None) -> None:
     """Choose the kernels for this process, as `UNIATTN_KERNELS` does when it starts; None: as models are configured."""
@@ -69,6 +72,8 @@ def lead(
         options = {"span": span, "scaling": scaling, "skip_mass": configured[1]}
         output, shared = decode.leader_decode(query, key, value, mask, **options)
         return output.transpose(1, 2), shared
+    if causal and mask is None and (prefill := prefill_kernels(query, key, value, configured[1], mode)) is not None:
+        return prefill.leader_prefill(query, key, value, scaling=scaling, skip_mass=configured[1])
     return None
 
 
@@ -92,6 +97,27 @@ def decode_kernels(
     from . import decode
 
     return decode if decode.supports(query, key, value, mask) else None
+
+
+def prefill_kernels(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, skip_mass: float, mode: str | None = None
+) -> ModuleType | None:
+    """
+    What lets the followers of a prompt skip tiles: the module `prefill`, or None.
+
+    Without skipping there is none: a follower's recomputation by the model's own fused attention was the fastest at
+    every length that was measured.
+
+    Args: see `naive`, which says what is computed; `mode` defaults to this process's.
+    """
+    mode = mode or _mode or "auto"
+    if mode == "off" or not skip_mass or torch.compiler.is_compiling() or not _importable(mode):
+        return None
+    if mode == "auto" and query.shape[2] < _WORTH_SKIPPING:
+        return None
+    from . import prefill
+
+    return prefill if prefill.supports(query, key, value, None) else None
 
 
 @torch.compiler.assume_constant_result
