@@ -121,7 +121,7 @@ def _fused(
     kwargs: dict[str, Any],
     handover: Handover,
 ) -> tuple[torch.Tensor, Any] | None:
-    """Output and s by a fused kernel; None where none fits or is faster, and under eager, whose users want to see s."""
+    """Output and s by a fused kernel; None where none fits or is faster, and under eager, which is to show s."""
     config = original_config(module)
     if lead is None or config._attn_implementation == "eager" or kwargs.get("dropout"):
         return None

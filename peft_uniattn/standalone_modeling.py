@@ -33,6 +33,16 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.weight)
 
 
+def _add_product(output: torch.Tensor, inputs: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """`output + linear(inputs)`; on a GPU without autograd inside the matrix product, which saves a pass over both."""
+    if torch.is_grad_enabled() or not output.is_cuda or type(linear) is not ZeroLinear:
+        return output + linear(inputs)
+    if not output.dtype == inputs.dtype == linear.weight.dtype or linear._forward_hooks or linear._forward_pre_hooks:
+        return output + linear(inputs)
+    output.flatten(0, -2).addmm_(inputs.flatten(0, -2), linear.weight.T)
+    return output
+
+
 class FollowerMixin:
     """Turns an attention module into a follower, keeping its class as a base for whoever looks for instances."""
 
@@ -65,10 +75,8 @@ class FollowerMixin:
             past_key_values(kwargs),
         )
         if hasattr(self, "compensation"):
-            compensation = self.compensation(hidden_states)
-        else:
-            compensation = self.compensation_B(self.compensation_A(hidden_states))
-        return output + compensation, probabilities
+            return _add_product(output, hidden_states, self.compensation), probabilities
+        return _add_product(output, self.compensation_A(hidden_states), self.compensation_B), probabilities
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made on demand, so pickle could not find it by name.

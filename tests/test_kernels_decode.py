@@ -259,7 +259,9 @@ def test_compiles_to_one_graph(backend):
         assert torch.equal(actual, eager)
 
 
-@pytest.mark.parametrize("operator", ["decode_leader", "decode_select", "decode_follower", "decode_probabilities", "visible_span"])
+@pytest.mark.parametrize(
+    "operator", ["decode_leader", "decode_select", "decode_follower", "decode_probabilities", "visible_span"]
+)
 def test_operators_are_described_truthfully(operator):
     query, key, value, follower_value = inputs()
     mask = left_padded(300)
@@ -307,7 +309,7 @@ def test_followers_leave_out_no_more_than_the_bound_and_account_for_it(mask, ski
 
 
 def test_nothing_is_skipped_at_a_bound_of_zero():
-    query, key, value, follower_value = concentrated()
+    query, key, value, _ = concentrated()
     _, shared = decode.leader_decode(query, key, value)
     assert shared.kept is None
     kept = decode_launch.select(torch.full((3, 9, 1), 1 / 9, device=DEVICE), None, 0.0)

@@ -26,7 +26,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter has no bfloat16.
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
-# One rounding to 3 bits of mantissa is 1/16 at most, and less than half of that in the mean; the interpreter truncates.
+# One rounding to 3 bits of mantissa is 1/16 at most, less than half of that in the mean; the interpreter truncates.
 FP8_TOLERANCE = 0.06 if INTERPRETED else 0.03
 
 
@@ -83,6 +83,10 @@ def check(query, key, value, scaling=0.3):
     padding = -query.shape[2] % rows
     tiles = torch.nn.functional.pad(probabilities, (0, padding, 0, padding))
     masses = tiles.unflatten(3, (-1, columns)).sum(-1).unflatten(2, (-1, rows)).amax(3)
+    assert error(maxima, masses) < 2 * tolerance
+    output, led, maxima = prefill_launch.lead(query, key, value, scaling)
+    assert error(output, expected) < tolerance
+    assert error(led, denominator) < 1e-3
     assert error(maxima, masses) < 2 * tolerance
 
 

@@ -26,7 +26,7 @@ _WORTH_SKIPPING = 8192
 
 
 def use(mode: str | None) -> None:
-    """Choose the kernels for this process, as `UNIATTN_KERNELS` does when it starts; None: as models are configured."""
+    """Choose the kernels for this process, as `UNIATTN_KERNELS` does at its start; None: as models are configured."""
     global _mode
     if mode is not None and mode not in MODES:
         raise ValueError(f"UNIATTN_KERNELS={mode!r} is unknown; use one of {', '.join(MODES)}")

@@ -153,9 +153,7 @@ def follower_decode(
         (batch, query heads, 1, head_dim).
     """
     if isinstance(shared, SharedSoftmax):
-        return launch.decode_follower(
-            shared.weights, shared.factors, value, shared.span, shared.kept, shared.count
-        )
+        return launch.decode_follower(shared.weights, shared.factors, value, shared.span, shared.kept, shared.count)
     return launch.decode_follower(shared.contiguous(), None, value, _as_parts(span), None, None)
 
 

@@ -150,7 +150,8 @@ def select(sums, factors, bound):
             not None.
 
     Returns:
-        (..., blocks) indices of the kept blocks, (...) their number, both int32, and (...) a bound on what is left out.
+        (..., blocks) indices of the kept blocks, (...) their number, both int32, and (...) a bound on the mass that is
+        left out.
     """
     kept, count, dropped = select_outputs(sums)
     blocks, group = sums.shape[-2:]

@@ -3,7 +3,8 @@ The kernels' specification in plain PyTorch: what every kernel of this package h
 
 Shapes, here and in all of this package: query (batch, query heads, 1, head_dim), key and value (batch, key/value
 heads, length, head_dim) with any strides, probabilities (batch, query heads, 1, length), mask (1 or batch, 1, 1,
-length); for a prompt, queries and probabilities have `length` rows instead of one. Query head i reads key/value head i // (query heads / key/value heads). Made to run in float64 as well.
+length); for a prompt, queries and probabilities have `length` rows instead of one.
+ Query head i reads key/value head i // (query heads / key/value heads). Made to run in float64 as well.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def follower_prefill(
 
 
 def _causal_scores(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    batch, query_heads, length, head_dim = query.shape
+    _, query_heads, length, head_dim = query.shape
     scaling = head_dim**-0.5 if scaling is None else scaling
     precise = torch.promote_types(torch.float32, query.dtype)
     key = key.to(precise).repeat_interleave(query_heads // key.shape[1], dim=1)

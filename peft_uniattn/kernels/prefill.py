@@ -48,9 +48,7 @@ class SharedTiles(NamedTuple):
         value = value[:, :, : self.query.shape[2]]
         if not _fits(self.query, self.key, value):
             return naive.follower_prefill(self.query, self.key, value, scaling=self.scaling)
-        return launch.recompute(
-            self.query, self.key, value, self.denominator, self.scaling, self.kept, self.count
-        )
+        return launch.recompute(self.query, self.key, value, self.denominator, self.scaling, self.kept, self.count)
 
 
 def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:

@@ -29,6 +29,7 @@ class Tuning(NamedTuple):
 
 # By head_dim; rows and columns have to be alike, since the kernels exchange tiles.
 WEIGH = {16: Tuning(64, 64, 4, 2), 64: Tuning(128, 128, 8, 3), 128: Tuning(128, 128, 8, 3)}
+LEAD = {16: Tuning(64, 64, 4, 2), 64: Tuning(128, 128, 8, 3), 128: Tuning(128, 128, 8, 2)}
 RECOMPUTE = {16: Tuning(64, 64, 4, 2), 64: Tuning(128, 128, 8, 3), 128: Tuning(128, 128, 8, 2)}
 STREAM = {16: Tuning(64, 64, 4, 2), 64: Tuning(128, 128, 8, 3), 128: Tuning(128, 128, 8, 3)}
 
@@ -58,6 +59,33 @@ def weigh(query, key, denominator, scaling, store=None, mass=True, tuning=None):
         num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
     return weights, scales, maxima
+
+
+@_on_its_device
+def lead(query, key, value, scaling, tuning=None):
+    """
+    Causal attention (batch, length, query heads, head_dim), natural logarithms of its denominators (batch, query
+    heads, length), and the mass of each tile in its heaviest row, as [`weigh`] returns it, in one pass.
+    """
+    batch, heads, length, head_dim = query.shape
+    tuning = tuning or LEAD[head_dim]
+    tiles, pairs, ratio = triton.cdiv(length, tuning.rows), batch * heads, tuning.rows // tuning.columns
+    tma = _copy_engine(query, key, value)
+    output = query.new_empty(batch, length, heads, head_dim)
+    denominator = query.new_empty(batch, heads, length, dtype=torch.float32)
+    masses = query.new_empty(tiles_of(pairs, length, tuning) * tuning.rows, dtype=torch.float32)
+    maxima = torch.zeros(batch, heads, tiles, tiles * ratio, dtype=torch.float32, device=query.device)
+    kernels.lead[(tiles * pairs,)](
+        _states(query, tuning.rows, tma), _states(key, tuning.columns, tma), _states(value, tuning.columns, tma),
+        output, denominator, masses, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        length, tiles, scaling * _LOG2_E,
+        HEADS=heads, GROUP=heads // key.shape[1], HEAD_DIM=head_dim, ROWS=tuning.rows, COLUMNS=tuning.columns,
+        TMA=tma, num_warps=tuning.warps, num_stages=tuning.stages,
+    )  # fmt: skip
+    kernels.heaviest[(tiles * pairs,)](
+        masses, denominator, maxima, length, tiles, HEADS=heads, ROWS=tuning.rows, RATIO=ratio
+    )
+    return output, denominator, maxima
 
 
 @_on_its_device

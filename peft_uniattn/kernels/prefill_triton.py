@@ -83,6 +83,79 @@ def _keep(
         tl.store(pointer, probabilities.to(weights.dtype.element_ty))
 
 
+@triton.jit
+def _attend(
+    query, key, value, maximum, total, accumulator, masses_ptr, scale, tile, other,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One tile of an online softmax; the logarithm of the tile's mass before normalisation is written per row."""
+    scores = tl.dot(query, tl.trans(key)) * scale
+    if MASKED:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        column = other * COLUMNS + tl.arange(0, COLUMNS)
+        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
+    highest = tl.maximum(maximum, tl.max(scores, 1))
+    weights = tl.exp2(scores - highest[:, None])
+    decay = tl.exp2(maximum - highest)
+    sums = tl.sum(weights, 1)
+    tl.store(masses_ptr + other * ROWS + tl.arange(0, ROWS), highest + tl.log2(sums))
+    accumulator = tl.dot(weights.to(value.dtype), value, accumulator * decay[:, None])
+    return highest, total * decay + sums, accumulator
+
+
+@triton.jit(do_not_specialize=["length", "tiles"])
+def lead(
+    query, key, value, output_ptr, denominator_ptr, masses_ptr,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+    length, tiles, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Attention of one query tile, its denominators, and the logarithms (base 2) of the masses of its tiles."""
+    RATIO: tl.constexpr = ROWS // COLUMNS
+    tile, pair, batch, head = _place(tiles, HEADS)
+    query = _load(query, query_batch, query_head, query_row, batch, head, tile, length, HEAD_DIM, ROWS, TMA)
+    masses_ptr += (pair.to(tl.int64) * (tiles * (tiles + 1) // 2) + tile * (tile + 1) // 2) * RATIO * ROWS
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for other in range(0, tile * RATIO):
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
+        states = _load(
+            value, value_batch, value_head, value_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA
+        )
+        maximum, total, accumulator = _attend(
+            query, block, states, maximum, total, accumulator, masses_ptr, scale, tile, other, ROWS, COLUMNS, False
+        )
+    for other in range(tile * RATIO, (tile + 1) * RATIO):
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
+        states = _load(
+            value, value_batch, value_head, value_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA
+        )
+        maximum, total, accumulator = _attend(
+            query, block, states, maximum, total, accumulator, masses_ptr, scale, tile, other, ROWS, COLUMNS, True
+        )
+    row = tile * ROWS + tl.arange(0, ROWS)
+    natural = (maximum + tl.log2(total)) * 0.6931471805599453
+    tl.store(denominator_ptr + pair.to(tl.int64) * length + row, natural, mask=row < length)
+    _write(output_ptr, accumulator / total[:, None], batch, head, tile, length, HEADS, HEAD_DIM, ROWS)
+
+
+@triton.jit(do_not_specialize=["length", "tiles"])
+def heaviest(
+    masses_ptr, denominator_ptr, maxima_ptr, length, tiles,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr,
+):  # fmt: skip
+    """Mass of each tile of one query tile in its heaviest row, from what `lead` has written."""
+    tile, pair, _, _ = _place(tiles, HEADS)
+    denominator = _denominator(denominator_ptr, pair, tile, length, ROWS)
+    masses_ptr += (pair.to(tl.int64) * (tiles * (tiles + 1) // 2) + tile * (tile + 1) // 2) * RATIO * ROWS
+    maxima_ptr += (pair.to(tl.int64) * tiles + tile) * tiles * RATIO
+    for other in range(0, (tile + 1) * RATIO):
+        mass = tl.exp2(tl.load(masses_ptr + other * ROWS + tl.arange(0, ROWS)) - denominator)
+        tl.store(maxima_ptr + other, tl.max(mass, 0))
+
+
 @triton.jit(do_not_specialize=["length", "tiles"])
 def weigh(
     query, key, denominator_ptr, weights, scales_ptr, maxima_ptr,
