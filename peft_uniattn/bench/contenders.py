@@ -113,7 +113,6 @@ class Contender:
     Attributes:
         name: of model and back end.
         run: one forward, on the device.
-        result: what it computes, to be compared; None if that has been done.
         error: its relative error against the reference, or why it does not run.
         peak: bytes of memory at the highest point of one run, on a GPU.
     """
@@ -123,8 +122,14 @@ class Contender:
     error: float | str | None = None
     peak: int | None = None
 
-    def check(self, expected: torch.Tensor | None, gate: float) -> bool:
-        """Run once, note error and peak memory; False where the result is wrong or there is none."""
+    def check(self, references: dict[str, torch.Tensor], gate: float) -> bool:
+        """
+        Run once, note error and peak memory; False where the result is wrong or there is none.
+
+        Args:
+            references: results by model, the first word of the name; the first one that there is becomes it.
+            gate: the error that is too large.
+        """
         try:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
@@ -134,19 +139,17 @@ class Contender:
         except (RuntimeError, ValueError, NotImplementedError) as failure:
             self.error = f"{type(failure).__name__}: {str(failure).splitlines()[0][:160]}"
             return False
-        expected = result if expected is None else expected
+        expected = references.setdefault(self.name.split()[0], result)
         self.error = ((result - expected).norm() / expected.norm()).item()
         return self.error < gate
 
 
 def medians(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Median and quartiles of the milliseconds of each run, all taking turns, after one round that does not count."""
+    """Median and quartiles of the milliseconds of each run, all taking turns; each has run before."""
     times = {name: [] for name in runs}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, run in runs.items():
-            elapsed = milliseconds(run, device)
-            if number:
-                times[name].append(elapsed)
+            times[name].append(milliseconds(run, device))
     return {name: _spread(values) for name, values in times.items()}
 
 

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
 from .simulated import kept_share
-from .ttft import _GATE, ratios
+from .ttft import GATE, ratios
 from .work import followers_of, measured_rates, work
 
 _MOST_CONTENDERS = 16
@@ -38,7 +38,7 @@ class DecodeBenchmark:
         models: base and unified model.
         shapes: (sequences, cached tokens) of each measurement.
         skip_mass: mass that followers may leave out; 0 measures exact contenders only.
-        kept: share of blocks to keep instead of what `skip_mass` would on random weights; None: no such contender.
+        kept: share of blocks to keep, in place of what `skip_mass` keeps, which on random weights is all of them.
         rounds: timed steps of every contender.
     """
 
@@ -87,12 +87,8 @@ class DecodeBenchmark:
         references: dict[str, torch.Tensor] = {}
         green = {}
         for contender in contenders:
-            model = contender.name.split()[0]
-            _rewind(caches[model])
-            works = contender.check(references.get(model), _GATE[self.models.dtype])
-            if works and model not in references:
-                _rewind(caches[model])
-                references[model] = contender.run().double()
+            _rewind(caches[contender.name.split()[0]])
+            works = contender.check(references, GATE[self.models.dtype])
             if works or ("simulated" in contender.name and isinstance(contender.error, float)):
                 green[contender.name] = _captured(contender.run) if token.is_cuda else contender.run
         for one in caches.values():
@@ -140,11 +136,8 @@ class DecodeBenchmark:
         if self.skip_mass:
             options = {"kernels": "triton", "skip_mass": self.skip_mass}
             for name in names:
-                skipping = step("unified", name, **options)
-                contenders.append(Contender(f"unified {name}, skip_mass {self.skip_mass}", skipping))
-                if self.kept is not None:
-                    simulated = step("unified", name, kept=self.kept, **options)
-                    contenders.append(Contender(f"unified {name}, simulated kept {self.kept}", simulated))
+                what = f"skip_mass {self.skip_mass}" if self.kept is None else f"simulated kept {self.kept}"
+                contenders.append(Contender(f"unified {name}, {what}", step("unified", name, self.kept, **options)))
         return contenders
 
 

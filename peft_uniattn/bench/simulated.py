@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,13 +19,11 @@ def kept_share(share: float, seed: int = 0) -> Iterator[None]:
     """
     from ..kernels import decode_launch
 
-    select, drawn = decode_launch.select, {}
+    select = decode_launch.select
 
     def draw(sums: torch.Tensor, factors: torch.Tensor | None, bound: float):
         _, _, dropped = select(sums, factors, bound)
-        if sums.shape not in drawn:
-            drawn[sums.shape] = _draw(sums.shape[:-1], share, causal=factors is None, device=sums.device, seed=seed)
-        return *drawn[sums.shape], dropped
+        return *_draw(sums.shape[:-1], share, factors is None, sums.device, seed), dropped
 
     decode_launch.select = draw
     try:
@@ -33,7 +32,8 @@ def kept_share(share: float, seed: int = 0) -> Iterator[None]:
         decode_launch.select = select
 
 
-def _draw(shape: torch.Size, share: float, *, causal: bool, device: torch.device, seed: int):
+@functools.lru_cache(maxsize=8)
+def _draw(shape: torch.Size, share: float, causal: bool, device: torch.device, seed: int):
     """Kept indices and counts of random blocks; of a prompt, the diagonal and random tiles below it."""
     generator = torch.Generator(device).manual_seed(seed)
     keep = torch.rand(shape, generator=generator, device=device) < share

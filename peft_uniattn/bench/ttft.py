@@ -21,8 +21,10 @@ from .contenders import Contender, Models, medians, running
 from .simulated import kept_share
 from .work import measured_rates, work
 
-# Relative error in the Euclidean norm of the last position's logits, between two ways to the same sums.
-_GATE = {"bfloat16": 0.05, "float16": 0.01, "float32": 1e-3}
+# Relative error in the Euclidean norm of the last position's logits, between two ways to the same sums. Through layers
+# of random weights roundings grow: on an H100, FlashAttention and cuDNN were 0.05 apart, both right within 0.003 a
+# layer, and eager attention, whose probabilities are rounded, 0.1. What is wrong is at 1.
+GATE = {"bfloat16": 0.2, "float16": 0.05, "float32": 1e-3}
 # Eager attention holds all scores at once; longer prompts are left to the others.
 _LONGEST_EAGER = 8192
 
@@ -37,7 +39,7 @@ class TtftBenchmark:
         lengths: tokens of the prompts.
         batch_size: prompts.
         skip_mass: mass that followers may leave out; 0 measures exact contenders only.
-        kept: share of tiles to keep instead of what `skip_mass` would on random weights; None: no such contender.
+        kept: share of tiles to keep, in place of what `skip_mass` keeps, which on random weights is all of them.
         rounds: timed forwards of every contender.
     """
 
@@ -82,12 +84,8 @@ class TtftBenchmark:
         references: dict[str, torch.Tensor] = {}
         green = []
         for contender in contenders:
-            model = contender.name.split()[0]
-            works = contender.check(references.get(model), _GATE[self.models.dtype])
-            simulated = "simulated" in contender.name
-            if works and model not in references:
-                references[model] = contender.run().double()
-            if works or (simulated and isinstance(contender.error, float)):
+            works = contender.check(references, GATE[self.models.dtype])
+            if works or ("simulated" in contender.name and isinstance(contender.error, float)):
                 green.append(contender)
         times = medians({contender.name: contender.run for contender in green}, base.device, self.rounds)
         bounds = {
@@ -120,13 +118,9 @@ class TtftBenchmark:
         for name in names:
             if name not in ("sdpa cudnn", "sdpa flash"):
                 continue
-            skipping = self._forward(unified, ids, name, kernels="triton", skip_mass=self.skip_mass)
-            contenders.append(Contender(f"unified {name}, skip_mass {self.skip_mass}", skipping))
-            if self.kept is not None:
-                simulated = self._forward(
-                    unified, ids, name, kernels="triton", skip_mass=self.skip_mass, kept=self.kept
-                )
-                contenders.append(Contender(f"unified {name}, simulated kept {self.kept}", simulated))
+            options = {"kernels": "triton", "skip_mass": self.skip_mass, "kept": self.kept}
+            what = f"skip_mass {self.skip_mass}" if self.kept is None else f"simulated kept {self.kept}"
+            contenders.append(Contender(f"unified {name}, {what}", self._forward(unified, ids, name, **options)))
         return contenders
 
     def _forward(

@@ -61,7 +61,9 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(elements, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    times = medians({"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, device, 10)
+    runs = {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}
+    medians(runs, device, 3)
+    times = medians(runs, device, 10)
     return {
         "flops_per_s": 2 * size**3 / times["product"]["median_ms"] * 1e3,
         "bytes_per_s": 2 * source.nbytes / times["copy"]["median_ms"] * 1e3,

@@ -4,7 +4,7 @@ The kernels' specification in plain PyTorch: what every kernel of this package h
 Shapes, here and in all of this package: query (batch, query heads, 1, head_dim), key and value (batch, key/value
 heads, length, head_dim) with any strides, probabilities (batch, query heads, 1, length), mask (1 or batch, 1, 1,
 length); for a prompt, queries and probabilities have `length` rows instead of one.
- Query head i reads key/value head i // (query heads / key/value heads). Made to run in float64 as well.
+Query head i reads key/value head i // (query heads / key/value heads). Made to run in float64 as well.
 """
 
 from __future__ import annotations

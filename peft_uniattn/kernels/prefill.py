@@ -1,8 +1,9 @@
 """
 Followers of a causal prompt that leave out what hardly counts; see `naive` for what is computed and for all shapes.
 
-The leader's attention is the model's own, which also returns the logarithms of the softmax's denominators. With them
-one pass over queries and keys weighs every tile of s, and followers recompute, or read, the tiles that matter.
+The leader weighs every tile of s while it computes its own output. Followers recompute the tiles that matter from its
+queries, keys and denominators: that takes no memory, and was faster than to store tiles and read them again
+(`bench.prefill_attention`), unless a Superblock is very long.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from . import decode_launch, naive
 from . import prefill_launch as launch
@@ -81,7 +81,7 @@ def leader_prefill(
     *,
     scaling: float | None = None,
     skip_mass: float,
-) -> tuple[torch.Tensor, SharedTiles] | None:
+) -> tuple[torch.Tensor, SharedTiles]:
     """
     Causal attention of a prompt, and which tiles of s its followers need.
 
@@ -91,31 +91,11 @@ def leader_prefill(
         skip_mass: how much of a row's mass followers may leave out. The leader's own output is exact.
 
     Returns:
-        output (batch, length, query heads, head_dim) and s, or None where no fused attention tells its denominators.
+        output (batch, length, query heads, head_dim) and s.
     """
     length = query.shape[2]
     key, value = key[:, :, :length], value[:, :, :length]
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    if (attention := _with_denominators(query, key, value, scaling)) is None:
-        return None
-    output, denominator = attention
-    maxima = launch.weigh(query, key, denominator, scaling)[2]
+    output, denominator, maxima = launch.lead(query, key, value, scaling)
     kept = decode_launch.select(maxima.unsqueeze(-1), None, skip_mass)
-    return output.transpose(1, 2), SharedTiles(query, key, denominator, scaling, *kept)
-
-
-def _with_denominators(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Output and denominators of the fused attention that PyTorch would choose, or None if it would choose neither."""
-    if decode_launch.INTERPRETED:
-        return naive.leader_prefill(query, key, value, scaling=scaling)
-    aten = torch.ops.aten
-    choice = torch._fused_sdp_choice(query, key, value, None, 0.0, True, scale=scaling, enable_gqa=True)
-    if choice == SDPBackend.CUDNN_ATTENTION.value:
-        result = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, True, scale=scaling)
-    elif choice == SDPBackend.FLASH_ATTENTION.value:
-        result = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scaling)
-    else:
-        return None
-    return result[0], result[1].reshape(query.shape[:3]).contiguous()
+    return output, SharedTiles(query, key, denominator, scaling, *kept)

@@ -26,7 +26,7 @@ SkipMass = Annotated[
 ]
 Kept = Annotated[
     float | None,
-    typer.Option(help="With --skip-mass: also measure at this share of kept tiles, as random weights skip nothing."),
+    typer.Option(help="With --skip-mass: keep this share of the tiles, drawn at random, as random weights need all."),
 ]
 BackEnd = Annotated[
     list[str] | None,
