@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from .evaluate import evaluate
 from .quickstart import quickstart
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.command()(quickstart)
+app.command("eval")(evaluate)
 
 
 @app.callback()
