@@ -59,7 +59,7 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: 
     stored.
 
     Args:
-        cache: a dynamic, static or quantized cache, as `generate()` creates it.
+        cache: a dynamic (also offloaded), static or quantized cache, as `generate()` creates it.
         value: (batch, key/value heads, new tokens, head_dim).
         layer_idx: the follower's own layer index.
         leader_idx: its leader's, whose window the follower's layer of the cache takes over.
@@ -75,13 +75,26 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: 
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) not in _LAYERS:
         raise _refuse(cache.layers[layer_idx])
     if cache.offloading:
-        raise ValueError(
-            "an offloaded cache is not supported with softmax sharing: beam search on one did not always give the "
-            'same tokens; use cache_implementation="dynamic", "static" or "quantized"'
-        )
+        _fetch_in_order(cache, value.device)
     _prepare(cache, layer_idx, leader_idx)
     values, _ = cache.update(value, value[..., :0], layer_idx)
     return values
+
+
+def _fetch_in_order(cache: Cache, device: torch.device) -> None:
+    """
+    Let an offloaded cache fetch its layers on the stream of everything else.
+
+    transformers fetches the lowest layer for the next token on a stream of its own, and beam search reorders that
+    layer without waiting for it (seen in 5.24). In order, nothing is read too early; what is lost is that a layer is
+    fetched while the one below computes.
+    """
+    if type(cache) is not DynamicCache:
+        raise ValueError(
+            "an offloaded static cache is not supported with softmax sharing: decoding on one has crashed the base "
+            'model too; use cache_implementation="offloaded", "static" or "dynamic"'
+        )
+    cache.prefetch_stream = torch.cuda.default_stream(device)
 
 
 def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
