@@ -10,9 +10,10 @@ from torch import nn
 BACK_ENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 
 # What an attention module needs for its queries and keys only; a follower has no use for it.
+_KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
 _QUERY_AND_KEY = (
     *("q_proj", "k_proj"),
-    *("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "qk_norm"),
+    *("q_norm", "q_layernorm", "query_layernorm", *_KEY_NORMS, "qk_norm"),
 )
 
 
@@ -25,6 +26,7 @@ class Family:
         layers: name of the list of decoder layers inside the backbone.
         attention: name of the attention module inside a decoder layer.
         value: name of the value projection inside the attention module, or of the projection it is fused into.
+        key: likewise of the key projection, where it is one of its own.
         output: name of the output projection inside the attention module.
         fused: how the rows of V lie in a fused projection: "blocks" (all of Q, all of K, all of V) or "heads" (Q, K
             and V of each head in turn); None where `value` is a projection of its own.
@@ -33,6 +35,7 @@ class Family:
     layers: str = "layers"
     attention: str = "self_attn"
     value: str = "v_proj"
+    key: str = "k_proj"
     output: str = "o_proj"
     fused: str | None = None
 
@@ -49,6 +52,14 @@ class Family:
             return slice(width - attention.num_key_value_heads * head_dim, width)
         # On the weight's device: this runs in every forward, and indices from elsewhere would be copied each time.
         return torch.arange(width, device=projection.weight.device).view(-1, 3, head_dim)[:, 2].flatten()
+
+    def query_rows(self, attention: nn.Module) -> torch.Tensor:
+        """Which output rows of a fused projection are Q."""
+        projection, head_dim = getattr(attention, self.value), self.head_dim(attention)
+        rows = torch.arange(projection.out_features, device=projection.weight.device)
+        if self.fused == "blocks":
+            return rows[: getattr(attention, self.output).in_features]
+        return rows.view(-1, 3, head_dim)[:, 0].flatten()
 
     def value_states(self, attention: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """V of shape (batch, key/value heads, length, head_dim) from hidden states (batch, length, hidden size)."""
@@ -74,6 +85,10 @@ class Family:
     def separate(self) -> Family:
         """The same family once a follower's V has a projection of its own, `v_proj`."""
         return self if self.fused is None else replace(self, value="v_proj", fused=None)
+
+    def key_norms(self, attention: nn.Module) -> tuple[str, ...]:
+        """The submodules of `attention` that only its keys pass."""
+        return tuple(name for name in _KEY_NORMS if isinstance(getattr(attention, name, None), nn.Module))
 
     def unused(self, attention: nn.Module) -> tuple[str, ...]:
         """The submodules of `attention` that a follower has no use for."""

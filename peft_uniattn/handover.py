@@ -26,6 +26,7 @@ class LeaderState:
         probabilities: s, of shape (batch, query heads, query length, key length), where the leader computed it;
             None where the back end never forms it.
         grad_enabled: whether autograd was recording when the leader ran.
+        value: (batch, key/value heads, key length, head_dim), after the cache, where followers share it as well.
     """
 
     attention: nn.Module
@@ -35,6 +36,7 @@ class LeaderState:
     kwargs: dict[str, Any]
     probabilities: torch.Tensor | None
     grad_enabled: bool
+    value: torch.Tensor | None = None
 
 
 class Handover:
