@@ -17,13 +17,13 @@ IGNORE = -100
 class DataArguments:
     """Where training and held-out examples come from."""
 
-    dataset: str | None = field(
+    dataset_name: list[str] | None = field(
         default=None, metadata={"help": "A JSON lines file with prompt and completion, each a list of messages."}
     )
 
 
 @dataclass(frozen=True)
-class PreparedData:
+class LoadedData:
     """
     Attributes:
         train: `input_ids` and `labels` (-100 on the prompt).
@@ -38,12 +38,12 @@ class PreparedData:
 
 def load_data(
     arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int
-) -> PreparedData:
+) -> LoadedData:
     """Read, split, shuffle and tokenize."""
-    parts = load_dataset("json", data_files=arguments.dataset)["train"].train_test_split(0.1, seed=seed)
+    parts = load_dataset("json", data_files=arguments.dataset_name)["train"].train_test_split(0.1, seed=seed)
     tokenized = {name: tokenize(part, tokenizer, max_length) for name, part in parts.items()}
     report = {name: {"rows": len(part.dataset), "truncated": part.truncated} for name, part in tokenized.items()}
-    return PreparedData(tokenized["train"].dataset, tokenized["test"].dataset, report)
+    return LoadedData(tokenized["train"].dataset, tokenized["test"].dataset, report)
 
 
 @dataclass(frozen=True)
