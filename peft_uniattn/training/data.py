@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+
+
+@dataclass
+class DataArguments:
+    """Where training and held-out examples come from."""
+
+    dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "A JSON lines file with prompt and completion, each a list of messages."}
+    )
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """
+    Attributes:
+        train: `input_ids` and `labels` (-100 on the prompt).
+        test: held-out examples, likewise.
+        report: counts of rows, truncated and bad ones, as JSON types.
+    """
+
+    train: Dataset
+    test: Dataset
+    report: dict[str, Any]
+
+
+def load_data(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, max_length: int, seed: int
+) -> LoadedData:
+    """Read, split, shuffle and tokenize."""
+    parts = load_dataset("json", data_files=arguments.dataset_name)["train"].train_test_split(0.1, seed=seed)
+    tokenized = {name: tokenize(part, tokenizer, max_length) for name, part in parts.items()}
+    report = {name: {"rows": len(part.dataset), "truncated": part.truncated} for name, part in tokenized.items()}
+    return LoadedData(tokenized["train"].dataset, tokenized["test"].dataset, report)
 
 
 @dataclass(frozen=True)
