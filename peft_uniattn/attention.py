@@ -96,8 +96,10 @@ def leader_attention(
     else:
         output, probabilities = call_back_end(module, query, key, value, attention_mask, **kwargs)
     # With autograd, followers recompute s: sharing it would keep (length x length) tensors across checkpointed layers.
-    # In its place flex_attention returns the logarithms of the denominators, of three dimensions.
-    shared = None if grad_enabled or probabilities is None or probabilities.dim() != 4 else probabilities
+    # In its place flex_attention returns the logarithms of the denominators, of three dimensions, and with attention
+    # sinks some models (granite_swa) scale outputs rather than s.
+    is_shared = not grad_enabled and probabilities is not None and probabilities.dim() == 4
+    shared = probabilities if is_shared and kwargs.get("s_aux") is None else None
     handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, shared, grad_enabled))
     return output, probabilities
 

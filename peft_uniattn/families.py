@@ -106,10 +106,11 @@ FAMILIES: dict[str, Family] = {
             *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "dots1", "jais2"),
             *("gemma", "gemma2", "gemma3_text", "vaultgemma", "gpt_oss", "llama4_text"),
             *("olmo", "olmo2", "olmo3", "olmoe", "flex_olmo", "cohere", "cohere2", "phimoe", "helium"),
-            *("granite", "granitemoe", "granitemoeshared", "starcoder2", "glm", "glm4", "glm4_moe", "exaone4"),
+            *("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "starcoder2"),
+            *("glm", "glm4", "glm4_moe", "exaone4"),
             *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "ernie4_5", "ernie4_5_moe", "cohere2_moe", "cwm"),
             *("exaone_moe", "flint", "hyperclovax", "kolibri1", "mellum", "minimax_m2"),
-            *("solar_open", "aria_text"),
+            *("solar_open", "aria_text", "apertus1p5_text"),
         ),
         _SEPARATE,
     ),
@@ -122,24 +123,45 @@ FAMILIES: dict[str, Family] = {
 }
 
 _MLA = "it keeps compressed latents instead of keys and values (multi-head latent attention)"
-_HYBRID = "some of its layers are recurrent or linear attention, which has no softmax to share"
+_HYBRID = "some of its layers are recurrent, convolutions or linear attention, which have no softmax to share"
 _SHARES = "its layers already share keys and values"
+_INDEX = (
+    "every layer chooses by an index of its own which keys a query sees, so a leader's softmax is not a follower's"
+)
 _DROPS = "its decoder layers drop the keyword arguments by which a leader reaches its followers"
 _OLD = "its attention does not go through transformers' attention interface"
-_OTHER_VALUE = "its attention treats values or outputs in a way of its own"
+_OTHER_VALUE = "its attention treats inputs, values or outputs in a way of its own"
+_LOOPS = "it runs its layers several times in one forward pass, so a layer has no one leader"
+_BORROWED = (
+    "it borrows another architecture's classes, so a standalone model could not be loaded by its own model_type"
+)
+_ENCODER = "it is an encoder with a causal mask; its layers are not laid out as a decoder's"
+_HALF = "it is the decoder of an encoder-decoder, with attention across to an encoder"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "glm_moe_dsa"), _MLA),
-    "glm4_moe_lite": _MLA,
+    **dict.fromkeys(("glm4_moe_lite", "axk1", "axk2", "youtu", "sarvam_mla", "hy_v4", "dots3_note_text"), _MLA),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "zamba", "zamba2", "falcon_h1", "lfm2"), _HYBRID),
     **dict.fromkeys(("mamba", "mamba2", "rwkv", "recurrent_gemma", "granitemoehybrid", "minimax"), _HYBRID),
-    **dict.fromkeys(
-        ("nemotron_h", "falcon_mamba", "olmo_hybrid", "kimi_linear", "qwen3_5_moe_text", "xlstm"), _HYBRID
-    ),
-    **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARES),
+    **dict.fromkeys(("nemotron_h", "falcon_mamba", "olmo_hybrid", "kimi_linear", "qwen3_5_moe_text"), _HYBRID),
+    **dict.fromkeys(("xlstm", "bailing_hybrid", "lara_mini", "lfm2_moe", "lfm3", "qwen4_exp_text"), _HYBRID),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARES),
+    **dict.fromkeys(("minimax_m3_vl_text",), _INDEX),
     **dict.fromkeys(("stablelm", "nemotron"), _DROPS),
     **dict.fromkeys(("gptj", "gpt_neo", "bloom", "falcon", "mpt", "codegen", "xglm", "gpt_neox_japanese"), _OLD),
+    **dict.fromkeys(("cpmant", "openai-gpt"), _OLD),
     **dict.fromkeys(("diffllama", "doge", "bitnet", "afmoe", "laguna", "gpt2", "gpt_bigcode"), _OTHER_VALUE),
+    **dict.fromkeys(("beam", "dbrx", "jetmoe", "mimo_v2_flash", "inkling_text", "inkling2_text"), _OTHER_VALUE),
+    **dict.fromkeys(("ctrl", "deepseek_v4", "zaya"), _OTHER_VALUE),
+    **dict.fromkeys(("dory", "hrm_text", "inkling2_loop_text"), _LOOPS),
+    **dict.fromkeys(("internlm3", "iquestcoder", "exaone", "sarvam_moe"), _BORROWED),
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _ENCODER),
+    **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta"), _ENCODER),
+    **dict.fromkeys(
+        ("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl"), _ENCODER
+    ),
+    **dict.fromkeys(("xlnet", "xmod", "reformer"), _ENCODER),
+    **dict.fromkeys(("trocr", "musicgen_decoder", "musicgen_melody_decoder", "mllama_text_model"), _HALF),
 }
 
 
@@ -185,6 +207,17 @@ class Decoder:
     def attention(self, layer_idx: int) -> nn.Module:
         """The attention module of decoder layer `layer_idx`, as it is now: bare or wrapped."""
         return getattr(self.layers[layer_idx], self.family.attention)
+
+    def normalises_attention(self, layer_idx: int) -> bool:
+        """Whether a norm stands between the attention output and the residual stream (Gemma-2, OLMo-2, GLM-4)."""
+        layer = self.layers[layer_idx]
+        after_both = hasattr(layer, "post_attention_layernorm") and hasattr(layer, "post_feedforward_layernorm")
+        other = getattr(layer, "post_self_attn_layernorm", None) or getattr(layer, "post_norm1", None)
+        return after_both or (other is not None and not isinstance(other, nn.Identity))
+
+    def residual_multiplier(self, layer_idx: int) -> float:
+        """By what the attention output is multiplied before it is added to the residual stream (Granite); else 1."""
+        return getattr(self.layers[layer_idx], "residual_multiplier", 1.0)
 
     def attention_name(self, layer_idx: int) -> str:
         return f"{self.prefix}.{layer_idx}.{self.family.attention}"

@@ -200,17 +200,28 @@ class _Calibration:
         return FollowerError(layer, leader, tokens.error_before(), tokens.error_after(compensation))
 
     def _compare(self, layer: int, batch: int) -> tuple[torch.Tensor, ...]:
-        """x, ε, original attention output, each (tokens, hidden size) in float64, and positions (tokens,)."""
+        """
+        x, ε, original attention output, each (tokens, hidden size) in float64, and positions (tokens,).
+
+        Where a norm follows the attention output, what is added to it cannot make up for the residual stream, so ε is
+        the difference of the outputs alone, and each token counts relative to the size by which that norm divides it.
+        """
         inputs = self.spill.get(batch, "inputs")
         original, unified = self.spill.get(batch, "original"), self.spill.get(batch, "unified")
         with original_model(self.adapter):
             output, _, original_attention = self.runner.run(inputs, layer, original)
         self.spill.put(batch, "next_original", output)
         _, x, attention = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
-        error = (original + original_attention).double() - (unified + attention).double()
+        x, original_attention = x.double(), original_attention.double()
+        error = original_attention - attention.double()
+        if self.decoder.normalises_attention(layer):
+            size = original_attention.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            x, error, original_attention = x / size, error / size, original_attention / size
+        else:
+            error += (original.double() - unified.double()) / self.decoder.residual_multiplier(layer)
         real = _token_mask(inputs).to(x.device)
         positions = _positions(inputs).to(x.device)
-        return x.double()[real], error[real], original_attention.double()[real], positions[real]
+        return x[real], error[real], original_attention[real], positions[real]
 
     def _solve(self, tokens: TokenStatistics, means: PositionMeans) -> tuple[torch.Tensor, ...]:
         if self.method == "ridge":
