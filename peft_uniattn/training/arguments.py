@@ -202,11 +202,11 @@ def argument_parser(prog: str | None = None) -> TrlParser:
         [ModelConfig, DataArguments, PlanArguments, RecipeArguments, SFTConfig],
         prog=prog,
         description="Post-train a model in two stages: plan, calibrate, stage 1 (W_c alone), stage 2 (everything). "
-        "The training arguments are stage 2's; stage 1 inherits them but for stage1_*. --config FILE.yaml takes any of "
-        "the arguments, and flags override it.",
+        "The training arguments are stage 2's; stage 1 inherits them but for stage1_*. --config FILE.yaml takes any "
+        "of the arguments, and flags override it.",
         epilog="Example: %(prog)s --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name data.jsonl --max_length 1024 "
-        "--learning_rate 1e-5 --stage1_learning_rate 1e-4 --output_dir out. The same command continues an interrupted "
-        "run.",
+        "--learning_rate 1e-5 --stage1_learning_rate 1e-4 --output_dir out. The same command continues an "
+        "interrupted run.",
     )
 
 
