@@ -31,14 +31,10 @@ class Moments:
             self.happened()
 
 
-def run_here(argv: list[str], directory: Path, last: int | None, count_file: Path) -> None:
-    """The whole recipe, up to the moment `last` of `directory`; writes how many moments there were."""
-    import torch
+def count_moments(directory: Path, last: int | None) -> Moments:
+    """From now on, count the moments of this process."""
     from trl import SFTTrainer
 
-    from peft_uniattn.training.main import main
-
-    torch.set_num_threads(1)
     moments = Moments(directory, last)
     sys.addaudithook(moments.audit)
     training_step = SFTTrainer.training_step
@@ -49,6 +45,17 @@ def run_here(argv: list[str], directory: Path, last: int | None, count_file: Pat
         return loss
 
     SFTTrainer.training_step = counted_step
+    return moments
+
+
+def run_here(argv: list[str], directory: Path, last: int | None, count_file: Path) -> None:
+    """The whole recipe, up to the moment `last` of `directory`; writes how many moments there were."""
+    import torch
+
+    from peft_uniattn.training.main import main
+
+    torch.set_num_threads(1)
+    moments = count_moments(directory, last)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         main(argv)
     count_file.write_text(str(moments.count))
