@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from .formats import BadRow, Example, Row, SkippedRow
+from .formats import NOT_ONE_ROUND, BadRow, Example, Row, SkippedRow
 from .prompt import encode
 
 IGNORE = -100
@@ -71,7 +71,10 @@ class RowEncoder:
         try:
             if self.excluded and _id(row) in self.excluded:
                 raise SkippedRow("excluded id")
-            facts["example"] = self.convert(row)
+            example = self.convert(row)
+            if example.history and self.prompt_style == "paper":  # it has no place for earlier messages
+                raise SkippedRow(NOT_ONE_ROUND)
+            facts["example"] = example
         except BadRow as reason:
             facts["bad"] = str(reason)
         except SkippedRow as reason:

@@ -13,6 +13,7 @@ ACCEPTED_COLUMNS = (
     f"'messages' (role and content), or one of {QUESTION_COLUMNS} with one of {ANSWER_COLUMNS}, or those of "
     "CommonsenseQA, SIQA, MedQA or PubMedQA"
 )
+NOT_ONE_ROUND = "not one question with one answer"
 
 
 class Example(NamedTuple):
@@ -105,7 +106,7 @@ def _instruction(row: Row, question: str, answer: str) -> Example:
 def _one_round(messages: Sequence[Row]) -> Example:
     """The paper's filter of the Tulu 3 mixture: one question, not empty, with one answer."""
     if [turn["role"] for turn in messages] != ["user", "assistant"]:
-        raise SkippedRow("not one question with one answer")
+        raise SkippedRow(NOT_ONE_ROUND)
     if not _text(messages[0]["content"]):
         raise SkippedRow("empty question")
     return dialogue(messages)
