@@ -13,10 +13,11 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from ..calibration import check_method
 from ..config import UniAttnConfig
 from .data import DataArguments
+from .early_stop import METRICS, EarlyStop
 
 STAGES = ("calibrate", "stage1", "stage2")
 METHODS = ("uniattn",)
-EARLY_STOPS = ("none", "train_loss", "eval_loss")
+EARLY_STOPS = ("none", *METRICS)
 # What may change between two calls of one run: where and how it is watched and published, not what it computes.
 _OPERATIONAL = {
     "output_dir",
@@ -137,6 +138,15 @@ class RecipeArguments:
             "choices": list(EARLY_STOPS),
         },
     )
+    stage1_early_stop_decay: float = field(
+        default=0.99, metadata={"help": "How much of the moving average of the training loss a step keeps."}
+    )
+    stage1_early_stop_patience: int = field(
+        default=100, metadata={"help": "Steps without a new minimum after which stage 1 stops."}
+    )
+    stage1_early_stop_min_delta: float = field(
+        default=0.0, metadata={"help": "By how many nats a new minimum must be lower than the last."}
+    )
     compare_with_base: bool = field(
         default=False, metadata={"help": "Also fine-tune the unmodified base as in stage 2, to compare."}
     )
@@ -172,6 +182,18 @@ class RecipeArguments:
             raise ValueError(f"held_out_examples={self.held_out_examples} must be 0 (no held-out losses) or more")
         if self.evaluation is not None and ":" not in self.evaluation:
             raise ValueError(f"evaluation={self.evaluation!r} must be 'module:function', such as 'my_tasks:accuracy'")
+        self.early_stop()
+
+    def early_stop(self) -> EarlyStop | None:
+        """The callback that ends stage 1 early, or None."""
+        if self.stage1_early_stop == "none":
+            return None
+        return EarlyStop(
+            self.stage1_early_stop,
+            decay=self.stage1_early_stop_decay,
+            patience=self.stage1_early_stop_patience,
+            min_delta=self.stage1_early_stop_min_delta,
+        )
 
     def runs(self, stage: str) -> bool:
         """Whether `stage` is to be run."""
