@@ -85,6 +85,7 @@ def stage_arguments(arguments: Arguments, stage: str) -> SFTConfig:
         "output_dir": str(checkpoints_of(arguments, stage)),
         "run_name": f"{training.run_name or Path(training.output_dir).name}-{stage}",
         "push_to_hub": False,
+        "hub_token": None,  # checkpoints keep their arguments
         # One checkpoint may be incomplete, so the one before it has to be there.
         "save_total_limit": max(2, training.save_total_limit or 0),
         "resume_from_checkpoint": None,
