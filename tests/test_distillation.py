@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import recipe_runs
 import torch
 import torch.nn.functional as F
 from conftest import changed, prompt, specification, tiny_adapter, tiny_model, weights
@@ -32,6 +33,7 @@ from peft_uniattn.modes import without_adapters
 from peft_uniattn.training.distillation import DistillationArguments, DistillationTrainer
 from peft_uniattn.training.distillation.comparison import LAST, predicting, watch
 from peft_uniattn.training.distillation.losses import divergence, residual_error
+from peft_uniattn.training.two_stage import TwoStageRun
 
 BLOCKS = [[0, 1, 2], [3, 4, 5]]
 BOTH = {"distillation_alpha": 0.7, "distillation_temperature": 2.0, "distillation_attention_weight": 3.0}
@@ -322,6 +324,23 @@ def test_two_processes_end_where_one_ends(stage, tmp_path):
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     for name in one:
         torch.testing.assert_close(torch.tensor(two[name]), torch.tensor(one[name]), rtol=1e-4, atol=1e-5)
+
+
+# The recipe.
+
+
+def test_the_recipe_distils_the_stages_that_it_is_told_to(tmp_path):
+    inputs = recipe_runs.write_inputs(tmp_path)
+    flags = {"distillation_alpha": 0.5, "distillation_attention_weight": 1.0, "distillation_stages": "stage2"}
+    TwoStageRun(recipe_runs.arguments(inputs, tmp_path / "out", **flags)).run()
+    results = json.loads((tmp_path / "out" / "journal.json").read_text())["results"]
+    for stage, distilled in (("stage 1", False), ("stage 2", True)):
+        steps = [entry for entry in results[stage]["log"] if "loss" in entry]
+        assert len(steps) == 4
+        for entry in steps:
+            assert ({"distillation_kl", "attention_error"} <= entry.keys()) == distilled
+    with pytest.raises(ValueError, match=r"distillation_alpha=0\.9 \(was 0\.5\)"):
+        TwoStageRun(recipe_runs.arguments(inputs, tmp_path / "out", **{**flags, "distillation_alpha": 0.9})).run()
 
 
 # Refusals.
