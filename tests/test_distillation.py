@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import datasets
 import pytest
+import recipe_ranks
 import recipe_runs
 import torch
 import torch.nn.functional as F
 from conftest import changed, prompt, specification, tiny_adapter, tiny_model, weights
-from distill_on_ranks import ARGUMENTS, WORDS, base, counting, make_tokenizer, standalone
 from oracle import (
     feed_forward,
     leader_of_each_follower,
@@ -26,9 +24,13 @@ from oracle import (
     softmax_activation,
     visible,
 )
+from recipe_runs import WORDS
+from safetensors.torch import load_file
+from test_recipe_ranks import FSDP2
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
+from peft_uniattn import to_standalone
 from peft_uniattn.modes import without_adapters
 from peft_uniattn.training.distillation import DistillationArguments, DistillationTrainer
 from peft_uniattn.training.distillation.comparison import LAST, predicting, watch
@@ -37,12 +39,23 @@ from peft_uniattn.training.two_stage import TwoStageRun
 
 BLOCKS = [[0, 1, 2], [3, 4, 5]]
 BOTH = {"distillation_alpha": 0.7, "distillation_temperature": 2.0, "distillation_attention_weight": 3.0}
-ROOT = Path(__file__).parents[1]
+ARGUMENTS = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "seed": 3,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return recipe_runs.tokenizer()
 
 
 @pytest.fixture
@@ -63,6 +76,25 @@ def make(tokenizer, tmp_path):
         return DistillationTrainer(distillation=DistillationArguments(**distillation), teacher=teacher, **options)
 
     return build
+
+
+def base():
+    return tiny_model(vocab_size=len(WORDS), dtype=torch.float32, eos_token_id=2)
+
+
+def standalone():
+    return to_standalone(tiny_adapter(base()))
+
+
+def counting() -> datasets.Dataset:
+    """Prompts and completions of unequal lengths that count upward."""
+    texts = [[f"w{(start + step) % 29}" for step in range(6 + start % 3)] for start in range(16)]
+    halves = [
+        (" ".join(words[: 2 + index % 2]), " ".join(words[2 + index % 2 :])) for index, words in enumerate(texts)
+    ]
+    return datasets.Dataset.from_dict(
+        {"prompt": [first for first, _ in halves], "completion": [f" {last}" for _, last in halves]}
+    )
 
 
 def adapter(**config):
@@ -306,26 +338,6 @@ def test_what_is_watched_is_what_calibration_compares():
     assert [len(each) for each in hooks] == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
-def test_two_processes_end_where_one_ends(stage, tmp_path):
-    def run(*launcher: str) -> dict:
-        script = str(ROOT / "tests/distill_on_ranks.py")
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        out = tmp_path / "out.json"
-        command = [sys.executable, *launcher, script, stage, str(out)]
-        finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-        assert finished.returncode == 0, finished.stderr[-5000:]
-        return json.loads(out.read_text())
-
-    one = run()
-    two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
-    for name in one:
-        torch.testing.assert_close(torch.tensor(two[name]), torch.tensor(one[name]), rtol=1e-4, atol=1e-5)
-
-
 # The recipe.
 
 
@@ -341,6 +353,29 @@ def test_the_recipe_distils_the_stages_that_it_is_told_to(tmp_path):
             assert ({"distillation_kl", "attention_error"} <= entry.keys()) == distilled
     with pytest.raises(ValueError, match=r"distillation_alpha=0\.9 \(was 0\.5\)"):
         TwoStageRun(recipe_runs.arguments(inputs, tmp_path / "out", **{**flags, "distillation_alpha": 0.9})).run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["{}", FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_end_where_one_ends(wrapper, tmp_path):
+    inputs = recipe_runs.write_inputs(tmp_path)
+    settings = {**BOTH, "distillation_stages": "stage1,stage2", "gradient_checkpointing": True}
+    TwoStageRun(recipe_runs.arguments(inputs, tmp_path / "one", **settings)).run()
+    (tmp_path / "wrapper.yaml").write_text(wrapper)
+    settings |= {"per_device_train_batch_size": 2, "config": tmp_path / "wrapper.yaml"}
+    recipe_ranks.on_two_ranks(recipe_runs.flags(inputs, tmp_path / "two", **settings), tmp_path / "log")
+    for stage in ("stage 1", "stage 2"):
+        one, two = (distances(tmp_path / name, stage) for name in ("one", "two"))
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    for file in ("adapter/adapter_model", "model/model"):
+        states = [load_file(tmp_path / name / f"{file}.safetensors") for name in ("two", "one")]
+        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+
+
+def distances(output_dir: Path, stage: str) -> list[list[float]]:
+    log = json.loads((output_dir / "journal.json").read_text())["results"][stage]["log"]
+    names = ("loss", "grad_norm", "distillation_kl", "attention_error")
+    return [[entry[name] for name in names] for entry in log if "loss" in entry]
 
 
 # Refusals.

@@ -25,7 +25,7 @@ class DistillationTrainer(SFTTrainer):
     `SFTTrainer` whose student also learns from the original model. Evaluation reports the plain task loss.
 
     With all weights at zero it is `SFTTrainer`, bit for bit. Works with packing, gradient accumulation, gradient
-    checkpointing, DDP, FSDP and ZeRO: the teacher's forward runs through the same wrapper as the student's, without
+    checkpointing, DDP and FSDP2 (ZeRO is untested): the teacher's forward runs through the same wrapper as the student's, without
     autograd, and the losses are computed inside the student's.
 
     Args:
