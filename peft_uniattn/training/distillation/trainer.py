@@ -24,8 +24,8 @@ class DistillationTrainer(SFTTrainer):
     """
     `SFTTrainer` whose student also learns from the original model. Evaluation reports the plain task loss.
 
-    With all weights at zero it is `SFTTrainer`, bit for bit. Works with packing, gradient accumulation, gradient
-    checkpointing, DDP and FSDP2 (ZeRO is untested): the teacher's forward runs through the same wrapper as the student's, without
+    With all weights at zero it is `SFTTrainer`, bit for bit. Works with padding-free batches, gradient accumulation,
+    gradient checkpointing, DDP and FSDP2: the teacher's forward runs through the same wrapper as the student's, without
     autograd, and the losses are computed inside the student's.
 
     Args:
