@@ -25,8 +25,8 @@ class DistillationTrainer(SFTTrainer):
     `SFTTrainer` whose student also learns from the original model. Evaluation reports the plain task loss.
 
     With all weights at zero it is `SFTTrainer`, bit for bit. Works with padding-free batches, gradient accumulation,
-    gradient checkpointing, DDP and FSDP2: the teacher's forward runs through the same wrapper as the student's, without
-    autograd, and the losses are computed inside the student's.
+    gradient checkpointing, DDP and FSDP2: the teacher's forward runs through the same wrapper as the student's,
+    without autograd, and the losses are computed inside the student's.
 
     Args:
         distillation: weights, temperature; default off.
