@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from ..calibration import check_method
 from ..config import UniAttnConfig
 from .data import DataArguments
+from .distillation.arguments import DistillationArguments
 from .early_stop import METRICS, EarlyStop
 
 STAGES = ("calibrate", "stage1", "stage2")
@@ -231,6 +232,7 @@ class Arguments:
     plan: PlanArguments
     recipe: RecipeArguments
     training: SFTConfig
+    distillation: DistillationArguments = field(default_factory=DistillationArguments)
 
     def __post_init__(self) -> None:
         if self.recipe.stage1_early_stop == "eval_loss" and self.training.eval_strategy == "no":
@@ -247,7 +249,8 @@ class Arguments:
     def settings(self) -> dict[str, Any]:
         """What decides about results, as JSON types; another call with other ones is another run."""
         training = {name: value for name, value in self.training.to_dict().items() if not name.startswith("hub_")}
-        parts = [dataclasses.asdict(part) for part in (self.model, self.data, self.plan, self.recipe)]
+        groups = (self.model, self.data, self.plan, self.recipe, self.distillation)
+        parts = [dataclasses.asdict(part) for part in groups]
         merged = {name: value for part in (*parts, training) for name, value in part.items()}
         return {name: value for name, value in merged.items() if name not in _OPERATIONAL | {"hub_adapter_id"}}
 
@@ -255,7 +258,7 @@ class Arguments:
 def argument_parser(prog: str | None = None) -> TrlParser:
     """The parser of flags and of the YAML file behind `--config`."""
     return TrlParser(
-        [ModelConfig, DataArguments, PlanArguments, RecipeArguments, SFTConfig],
+        [ModelConfig, DataArguments, PlanArguments, RecipeArguments, SFTConfig, DistillationArguments],
         prog=prog,
         description="Post-train a model in two stages: plan, calibrate, stage 1 (W_c alone), stage 2 (everything). "
         "The training arguments are stage 2's; stage 1 inherits them but for stage1_*. --config FILE.yaml takes any "

@@ -17,7 +17,9 @@ from trl import SFTConfig, SFTTrainer
 
 from .arguments import Arguments
 from .checkpoints import WholeCheckpoints, newest_whole_checkpoint
+from .distillation import DistillationTrainer
 from .distributed import on_main_process
+from .loading import load_model
 from .progress import StageProgress
 
 
@@ -30,7 +32,10 @@ def make_trainer(arguments: Arguments, stage: str, **options: Any) -> SFTTrainer
         stage: "stage1", "stage2" or "plain".
         options: what every `SFTTrainer` takes.
     """
-    return SFTTrainer(**options)
+    if not arguments.distillation.applies_to(stage):
+        return SFTTrainer(**options)
+    teacher = load_model(arguments.model, arguments.training) if stage == "stage2" else None
+    return DistillationTrainer(distillation=arguments.distillation, teacher=teacher, **options)
 
 
 def train(
