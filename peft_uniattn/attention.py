@@ -158,9 +158,9 @@ def follow(
 
 
 def past_key_values(kwargs: dict[str, Any]) -> Any:
-    """The cache among a decoder layer's keyword arguments, under either of the names that transformers uses."""
-    cache = kwargs.get("past_key_values")
-    return kwargs.get("layer_past") if cache is None else cache
+    """The cache among a decoder layer's keyword arguments, under any of the names that transformers uses, or None."""
+    names = ("cache", "past_key_values", "layer_past")  # since 5.24, before, and in gpt_neox before
+    return next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
 
 
 def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:

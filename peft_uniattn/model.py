@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,6 +128,29 @@ class UniAttnModel(BaseTuner):
         if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
             model._hf_peft_config_loaded = False
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Turn on gradient checkpointing as on the model itself, but leave the embeddings' output without gradient.
+
+        transformers gives it one for the sake of reentrant checkpointing, which UniAttn refuses. Backward passes would
+        then recompute and cross all layers below the lowest follower, where nothing is trained.
+        """
+        self._checkpoint(self.model.gradient_checkpointing_enable, gradient_checkpointing_kwargs, kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """[`gradient_checkpointing_enable`] under its name since transformers 5.23."""
+        self._checkpoint(self.model.activation_checkpointing_enable, activation_checkpointing_kwargs, kwargs)
+
+    def _checkpoint(self, enable: Callable[..., None], options: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
+        self.model.disable_input_require_grads()
+        enable(options, **kwargs)
+        if not (options or {}).get("use_reentrant", False):
+            self.model.disable_input_require_grads()
+
     def _check_merge_allowed(self) -> None:
         raise merge_refusal()
 
@@ -231,19 +255,23 @@ def _check_not_offloaded(decoder: Decoder, plan: Plan) -> None:
 
 def _check_base_is_frozen(model: nn.Module) -> None:
     """Raise ValueError if base weights are being trained: an adapter file would silently lose them."""
-    kept = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            containers = [getattr(module, name) for name in module.adapter_layer_names]
-            kept.update(id(p) for container in containers for p in container.parameters())
     if any(layer.base_was_trained for layer in uniattn_layers(model)):
         raise ValueError(
             "the base model's attention was trained together with the adapter, but an adapter file holds only the "
             "compensation, so that training would be lost; save to_standalone(model) instead"
         )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in kept:
-            raise ValueError(
-                f"{name} is trainable, but an adapter file holds only the compensation, so its training would be "
-                "lost; save to_standalone(model) instead, or freeze the base with requires_grad_(False)"
-            )
+    for name in trainable_base_parameters(model):
+        raise ValueError(
+            f"{name} is trainable, but an adapter file holds only the compensation, so its training would be "
+            "lost; save to_standalone(model) instead, or freeze the base with requires_grad_(False)"
+        )
+
+
+def trainable_base_parameters(model: nn.Module) -> list[str]:
+    """Names of parameters that are trainable and belong to no adapter."""
+    kept = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            containers = [getattr(module, name) for name in module.adapter_layer_names]
+            kept.update(id(p) for container in containers for p in container.parameters())
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
