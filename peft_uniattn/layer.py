@@ -105,7 +105,9 @@ class UniAttnLayer(AttentionTunerLayer):
         linears = self._compensation(adapter)
         if torch.is_grad_enabled() and linears[0].weight.requires_grad:
             check_trainable(getattr(self.base_layer, self.family.value))
-        result = self._cast_input_dtype(hidden_states, linears[0].weight.dtype)
+        result = hidden_states
+        if not torch.is_autocast_enabled(hidden_states.device.type):  # autocast needs no detour over float32
+            result = self._cast_input_dtype(hidden_states, linears[0].weight.dtype)
         for linear in linears:
             result = linear(result)
         return result.to(hidden_states.dtype)

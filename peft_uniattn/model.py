@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from .config import UniAttnConfig
@@ -51,3 +52,26 @@ class UniAttnModel(AttentionTuner):
     def _check_model(self, decoder: Decoder, plan: Plan) -> None:
         bare = [layer for layer in plan.leader_of if not isinstance(decoder.attention(layer), UniAttnLayer)]
         check_sharing(self.model, decoder, bare)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Turn on gradient checkpointing as on the model itself, but leave the embeddings' output without gradient.
+
+        transformers gives it one for the sake of reentrant checkpointing, which UniAttn refuses. Backward passes would
+        then recompute and cross all layers below the lowest follower, where nothing is trained.
+        """
+        self._checkpoint(self.model.gradient_checkpointing_enable, gradient_checkpointing_kwargs, kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """[`gradient_checkpointing_enable`] under its name since transformers 5.23."""
+        self._checkpoint(self.model.activation_checkpointing_enable, activation_checkpointing_kwargs, kwargs)
+
+    def _checkpoint(self, enable: Callable[..., None], options: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
+        self.model.disable_input_require_grads()
+        enable(options, **kwargs)
+        if not (options or {}).get("use_reentrant", False):
+            self.model.disable_input_require_grads()

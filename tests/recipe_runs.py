@@ -19,6 +19,8 @@ FLAGS = {
     "superblock_size": 3,
     "start_layer": 0,
     "max_length": 16,
+    "prompt_style": "chat",
+    "test_size": 0.1,
     "calibration_examples": 24,
     "held_out_examples": 4,
     "stage1_max_steps": 4,

@@ -368,6 +368,20 @@ def test_output_keeps_the_base_s_type(r, autocast):
     assert {hidden.dtype for hidden in output.hidden_states} == {torch.bfloat16}
 
 
+def test_under_autocast_the_compensation_keeps_no_float32_copy_of_its_input():
+    model = get_peft_model(tiny_model(dtype=torch.bfloat16), UniAttnConfig(superblock_size=3, init_weights=False))
+    layer, kept = layers(model)[4], []
+    x = torch.randn(2, 9, 32, dtype=torch.bfloat16)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        output = layer._compensate(x, "default")
+    assert layer.uniattn_W["default"].weight.dtype == torch.float32
+    assert output.dtype == torch.bfloat16
+    assert [tensor.data_ptr() for tensor in kept if tensor.numel() == x.numel()] == [x.data_ptr()]
+
+
 def through_torch_save(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)

@@ -126,6 +126,15 @@ def test_gradient_checkpointing_is_on_by_default_and_exact(make, train):
     assert not changed(weights(with_checkpointing.model), weights(without.model))
 
 
+def test_stage_1_recomputes_nothing_below_its_lowest_follower(train):
+    model, runs = adapter(superblocks=[[3, 4, 5]]), []
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: runs.append(index))
+    trainer = train(model, steps=2)
+    assert trainer.args.gradient_checkpointing
+    assert [runs.count(index) for index in range(6)] == [2, 2, 2, 2, 4, 4]
+
+
 @both_stages
 def test_reentrant_gradient_checkpointing_is_refused(make, train):
     with pytest.raises(RuntimeError, match=r'reentrant.*gradient_checkpointing_kwargs=\{"use_reentrant": False\}'):
