@@ -5,8 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import nn
+
+from .compensation import DESIGNS, FFN_OUTPUT
 from .config import UniAttnConfig
-from .families import Decoder
+from .families import Decoder, find_decoder, find_family
+from .handover import install_deferral, remove_deferral
+from .inspection import find_adapter
 from .layer import UniAttnLayer
 from .plan import Plan
 from .probe import check_sharing
@@ -51,3 +56,18 @@ class UniAttnModel(AttentionTuner):
     def _check_model(self, decoder: Decoder, plan: Plan) -> None:
         bare = [layer for layer in plan.leader_of if not isinstance(decoder.attention(layer), UniAttnLayer)]
         check_sharing(self.model, decoder, bare)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adapter = find_adapter(model, adapter_name)
+        design = DESIGNS.get(adapter.compensation)
+        if design is not None and design.adds == FFN_OUTPUT:
+            decoder = find_decoder(model, find_family(self._text_config()))
+            for layer in adapter.plan.followers:
+                install_deferral(decoder.layers[layer], layer)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for layer in find_decoder(model, find_family(self._text_config())).layers:
+            remove_deferral(layer)
+        return model
