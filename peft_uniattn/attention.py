@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import cache_values
+from .compensation import ATTENTION_OUTPUT, FFN_OUTPUT, HEADS, Compensation
 from .families import Family, check_back_end
 from .handover import HANDOVER, Handover, LeaderState
 
@@ -133,9 +134,10 @@ def follow(
     hidden_states: torch.Tensor,
     handover: Handover | None,
     past_key_values: Any = None,
+    compensation: Compensation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    A follower's attention without compensation: s_leader · V · W_o (equation 12).
+    A follower's attention: s_leader · V · W_o (equation 12), plus its compensation (equation 14).
 
     Args:
         attention: the follower's own attention module, of which only the value and output projections are used.
@@ -144,6 +146,7 @@ def follow(
         hidden_states: the normalised input of the layer, (batch, length, hidden size).
         handover: of this forward pass.
         past_key_values: the cache, or None.
+        compensation: what to add, and where; None for nothing.
 
     Returns:
         the attention output (batch, length, hidden size) and the shared probabilities, or None where the back end
@@ -151,10 +154,20 @@ def follow(
     """
     leader = leader_state(handover, leader_idx)
     value = family.value_states(attention, hidden_states)
+    adds, addend = None, None
+    if compensation is not None:
+        adds, addend = compensation.design.adds, compensation.linear(compensation.design.source(hidden_states, value))
     if past_key_values is not None:
         value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
     heads, probabilities = _share(value, leader)
-    return family.project_output(attention, heads), probabilities
+    if adds == HEADS:
+        heads = heads + addend.view_as(heads)
+    output = family.project_output(attention, heads)
+    if adds == ATTENTION_OUTPUT:
+        output = output + addend
+    elif adds == FFN_OUTPUT:
+        handover.defer(attention.layer_idx, addend)
+    return output, probabilities
 
 
 def leader_state(handover: Handover | None, leader_idx: int) -> LeaderState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .compensation import NONE, check_design
 from .registration import UNIATTN
 from .tuner.config import SuperblockConfig
 
@@ -32,6 +33,11 @@ class UniAttnConfig(SuperblockConfig):
             mask; `"leader"` lets followers take the mask of a leader with full attention (the paper's Gemma-2 plan).
         r (`int`, *optional*):
             Rank of the compensation. `None` (the default) is the full matrix of hidden size by hidden size.
+        compensation (`str`, defaults to `"attention_output"`):
+            Where the compensation reads and adds (the paper's Table 8): `"attention_output"` reads the normalised
+            input of attention and adds to its output after W_o; `"ffn_output"` reads the same and adds to the output
+            of the decoder layer, after the FFN; `"heads"` reads the same and adds before W_o; `"values_to_heads"`
+            reads the follower's own value states and adds before W_o. `"none"` compensates nothing.
         init_weights (`bool`, defaults to `True`):
             Start with a compensation of zero; `calibrate` replaces it. `False` starts at random, for tests.
         target_modules (`list[str]`, *optional*):
@@ -48,6 +54,13 @@ class UniAttnConfig(SuperblockConfig):
         default=None,
         metadata={"help": "Rank of the compensation W_c. Default: full (hidden size by hidden size)."},
     )
+    compensation: str = field(
+        default="attention_output",
+        metadata={
+            "help": "Where the compensation reads and adds: 'attention_output', 'ffn_output' or 'heads' (before W_o), "
+            "from the input of attention; 'values_to_heads', from the values; or 'none'."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "Start with a compensation of zero. False starts at random, for tests."},
@@ -56,5 +69,10 @@ class UniAttnConfig(SuperblockConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = UNIATTN
+        check_design(self.compensation)
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise ValueError(f"r={self.r!r} must be None (full compensation) or an integer of 1 or more")
+        if self.r is not None and self.compensation == NONE:
+            raise ValueError(
+                f"r={self.r} is the rank of a compensation, but compensation='none'; leave one of them out"
+            )

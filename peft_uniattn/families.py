@@ -53,6 +53,13 @@ class Family:
         # On the weight's device: this runs in every forward, and indices from elsewhere would be copied each time.
         return torch.arange(width, device=projection.weight.device).view(-1, 3, head_dim)[:, 2].flatten()
 
+    def value_width(self, attention: nn.Module) -> int:
+        """How many coordinates the value states of a token have, all heads together."""
+        projection = getattr(attention, self.value)
+        if self.fused == "blocks":
+            return attention.num_key_value_heads * self.head_dim(attention)
+        return projection.out_features if self.fused is None else projection.out_features // 3
+
     def query_rows(self, attention: nn.Module) -> torch.Tensor:
         """Which output rows of a fused projection are Q."""
         projection, head_dim = getattr(attention, self.value), self.head_dim(attention)
@@ -82,9 +89,23 @@ class Family:
         output = getattr(attention, self.output)(heads.flatten(2))
         return nn.functional.dropout(output, getattr(attention, "residual_dropout", 0.0), attention.training)
 
+    def output_matrix(self, attention: nn.Module) -> torch.Tensor:
+        """W_o of shape (coordinates of all heads, hidden size), as in heads · W_o, in float64."""
+        projection = getattr(attention, self.output)
+        if projection.weight.is_floating_point():
+            return projection.weight.T.double()
+        # Quantized weights show themselves only by what they do.
+        identity = torch.eye(projection.in_features, device=projection.weight.device)
+        return (projection(identity) - projection(torch.zeros_like(identity[:1]))).double()
+
     def separate(self) -> Family:
         """The same family once a follower's V has a projection of its own, `v_proj`."""
         return self if self.fused is None else replace(self, value="v_proj", fused=None)
+
+    def unused_by_borrower(self, attention: nn.Module) -> tuple[str, ...]:
+        """The submodules of `attention` that a follower has no use for if it takes keys and values from its leader."""
+        projections = (self.key, self.value) if self.fused is None else (self.value,)
+        return (*projections, *self.key_norms(attention))
 
     def key_norms(self, attention: nn.Module) -> tuple[str, ...]:
         """The submodules of `attention` that only its keys pass."""

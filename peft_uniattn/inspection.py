@@ -35,6 +35,11 @@ class Adapter:
         return self._changed.compensation_rank(self.name)
 
     @property
+    def compensation(self) -> str:
+        """Where the compensation reads and adds, as in [`UniAttnConfig`]; "none" if there is none."""
+        return self._changed.compensation_design(self.name)
+
+    @property
     def method(self) -> str:
         """The name of the method: UniAttn, CLA or LLMDrop."""
         return self._changed.method

@@ -100,40 +100,48 @@ def follow_keys_and_values(
     return call(*args, **{**without_cache, LENDER: lender})
 
 
-class _Zeros(nn.Module):
-    """Stands in for a projection whose output nobody reads."""
+class _Zeros:
+    """Stands in for a projection or norm whose output nobody reads; no module, so that nobody finds it among them."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
         self.width = width
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_zeros(()).expand(*hidden_states.shape[:-1], self.width)
 
 
-class _QueryOnly(nn.Linear):
-    """The queries' rows of a projection into which Q, K and V were fused, with zeros in place of the others."""
+class _FusedQuery:
+    """Stands in for the projection into which Q, K and V were fused: the queries, and zeros for the others."""
 
-    def __init__(self, fused: nn.Linear, rows: int, group: int, padding: int) -> None:
-        like = {"device": fused.weight.device, "dtype": fused.weight.dtype}
-        super().__init__(fused.in_features, rows, bias=fused.bias is not None, **like)
-        self.group, self.padding = group, padding
+    def __init__(self, attention: nn.Module, group: int, padding: int) -> None:
+        self.attention, self.group, self.padding = attention, group, padding
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        query = super().forward(hidden_states).unflatten(-1, (-1, self.group))
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        query = self.attention.q_proj(hidden_states).unflatten(-1, (-1, self.group))
         return nn.functional.pad(query, (0, self.padding)).flatten(-2)
 
 
+def _unchanged(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
 def forget_keys_and_values(attention: nn.Module, family: Family) -> None:
-    """Take out of `attention` the weights that make keys and values; a follower has no use for them."""
+    """
+    Take out of `attention` the weights that make keys and values; a CLA follower has no use for them.
+
+    Its own forward still asks for both and gets zeros. Where Q, K and V were one projection, `q_proj` remains of it.
+    """
     projection = getattr(attention, family.value)
     if family.fused is None:
-        for name in (family.value, family.key):
-            setattr(attention, name, _Zeros(getattr(attention, name).out_features))
+        stand_ins = {name: _Zeros(getattr(attention, name).out_features) for name in (family.key, family.value)}
     else:
+        like = {"device": projection.weight.device, "dtype": projection.weight.dtype}
         rows = len(family.query_rows(attention))
         groups = 1 if family.fused == "blocks" else rows // family.head_dim(attention)
+        attention.q_proj = nn.Linear(projection.in_features, rows, bias=projection.bias is not None, **like)
         padding = (projection.out_features - rows) // groups
-        setattr(attention, family.value, _QueryOnly(projection, rows, rows // groups, padding))
-    for name in family.key_norms(attention):
-        setattr(attention, name, nn.Identity())
+        stand_ins = {family.value: _FusedQuery(attention, rows // groups, padding)}
+    stand_ins.update(dict.fromkeys(family.key_norms(attention), _unchanged))
+    for name, stand_in in stand_ins.items():
+        delattr(attention, name)
+        setattr(attention, name, stand_in)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .attention import follow, past_key_values
+from .compensation import DESIGNS, NONE, Compensation
 from .config import UniAttnConfig
 from .families import Family
 from .handover import HANDOVER
@@ -21,14 +22,15 @@ class UniAttnLayer(AttentionTunerLayer):
     Wraps the attention module of a decoder layer. What it does depends on the active adapter's plan.
 
     - Leader: the untouched attention, whose queries, keys and mask are handed to the followers.
-    - Follower: s_leader · V · W_o + Norm(x) · W_c (equation 14; the decoder layer adds x). Its query and key
-      projections rest.
+    - Follower: s_leader · V · W_o + Norm(x) · W_c (equation 14; the decoder layer adds x), or with W_c elsewhere. Its
+      query and key projections rest.
     - Neither, or adapters disabled: the untouched attention, bit for bit.
     """
 
     method = "UniAttn"
     change = "sharing softmax"
     adapter_layer_names = ("uniattn_W", "uniattn_A", "uniattn_B")
+    other_param_names = ("uniattn_leader", "uniattn_design")
 
     def __init__(self, base_layer: nn.Module, family: Family, hidden_size: int) -> None:
         super().__init__(base_layer, family, hidden_size)
@@ -36,18 +38,23 @@ class UniAttnLayer(AttentionTunerLayer):
         self.uniattn_W = nn.ModuleDict()
         self.uniattn_A = nn.ModuleDict()
         self.uniattn_B = nn.ModuleDict()
+        # Adapter name -> where the compensation of this follower reads and adds, a key of DESIGNS or NONE.
+        self.uniattn_design: dict[str, str] = {}
 
     def update_layer(self, adapter_name: str, config: UniAttnConfig, leader_idx: int | None) -> None:
         """Add the adapter `adapter_name`, in which this layer follows the layer `leader_idx`."""
         super().update_layer(adapter_name, config, leader_idx)
         if leader_idx in (None, self.layer_idx):
             return
-        size = self.hidden_size
+        self.uniattn_design[adapter_name] = config.compensation
+        if config.compensation == NONE:
+            return
+        inputs, outputs = DESIGNS[config.compensation].sizes(self.base_layer, self.family, self.hidden_size)
         if config.r is None:
-            self.uniattn_W[adapter_name] = nn.Linear(size, size, bias=False)
+            self.uniattn_W[adapter_name] = nn.Linear(inputs, outputs, bias=False)
         else:
-            self.uniattn_A[adapter_name] = nn.Linear(size, config.r, bias=False)
-            self.uniattn_B[adapter_name] = nn.Linear(config.r, size, bias=False)
+            self.uniattn_A[adapter_name] = nn.Linear(inputs, config.r, bias=False)
+            self.uniattn_B[adapter_name] = nn.Linear(config.r, outputs, bias=False)
         self.reset_compensation(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -70,17 +77,27 @@ class UniAttnLayer(AttentionTunerLayer):
 
         Args:
             adapter_name: the adapter.
-            factors: W_c of shape (hidden size, hidden size), or A (hidden size, r) and B (r, hidden size), as in
-                x · W_c and x · A · B.
+            factors: W_c of shape (coordinates read, coordinates added to), or A (coordinates read, r) and B
+                (r, coordinates added to), as in x · W_c and x · A · B.
         """
         for linear, factor in zip(self._compensation(adapter_name), factors, strict=True):
             linear.weight.copy_(factor.T)
 
+    def compensation_source(self, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the compensation of a follower reads where its attention gets `hidden_states`, (batch, length, …)."""
+        value = self.family.value_states(self.base_layer, hidden_states)
+        return DESIGNS[self.uniattn_design[adapter_name]].source(hidden_states, value)
+
     def compensation_rank(self, adapter_name: str) -> int | None:
         return self.uniattn_A[adapter_name].out_features if adapter_name in self.uniattn_A else None
 
+    def compensation_design(self, adapter_name: str) -> str:
+        return self.uniattn_design[adapter_name]
+
     def _compensation(self, adapter_name: str) -> list[nn.Linear]:
-        """The linear maps that make up the compensation, in the order in which they are applied."""
+        """The linear maps that make up the compensation, if any, in the order in which they are applied."""
+        if self.uniattn_design[adapter_name] == NONE:
+            return []
         if adapter_name in self.uniattn_W:
             return [self.uniattn_W[adapter_name]]
         return [self.uniattn_A[adapter_name], self.uniattn_B[adapter_name]]
@@ -89,25 +106,28 @@ class UniAttnLayer(AttentionTunerLayer):
         self, adapter: str, leader_idx: int, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, Any]:
         args, kwargs = self._run_pre_hooks(args, kwargs)
-        hidden_states = args[0]
-        output, probabilities = follow(
+        design = self.uniattn_design[adapter]
+        compensation = None
+        if design != NONE:
+            compensation = Compensation(DESIGNS[design], lambda source: self._compensate(source, adapter))
+        result = follow(
             self.base_layer,
             self.family,
             leader_idx,
-            hidden_states,
+            args[0],
             kwargs.get(HANDOVER),
             past_key_values(kwargs),
+            compensation,
         )
-        result = output + self._compensate(hidden_states, adapter), probabilities
         return self._run_hooks(args, kwargs, result)
 
-    def _compensate(self, hidden_states: torch.Tensor, adapter: str) -> torch.Tensor:
+    def _compensate(self, source: torch.Tensor, adapter: str) -> torch.Tensor:
         linears = self._compensation(adapter)
         if torch.is_grad_enabled() and linears[0].weight.requires_grad:
             check_trainable(getattr(self.base_layer, self.family.value))
-        result = hidden_states
-        if not torch.is_autocast_enabled(hidden_states.device.type):  # autocast needs no detour over float32
-            result = self._cast_input_dtype(hidden_states, linears[0].weight.dtype)
+        result = source
+        if not torch.is_autocast_enabled(source.device.type):  # autocast needs no detour over float32
+            result = self._cast_input_dtype(source, linears[0].weight.dtype)
         for linear in linears:
             result = linear(result)
-        return result.to(hidden_states.dtype)
+        return result.to(source.dtype)

@@ -6,8 +6,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from .compensation import DESIGNS, FFN_OUTPUT
 from .config import UniAttnConfig
-from .families import Decoder
+from .families import Decoder, find_decoder, find_family
+from .handover import install_deferral, remove_deferral
+from .inspection import find_adapter
 from .layer import UniAttnLayer
 from .plan import Plan
 from .probe import check_sharing
@@ -75,3 +80,18 @@ class UniAttnModel(AttentionTuner):
         enable(options, **kwargs)
         if not (options or {}).get("use_reentrant", False):
             self.model.disable_input_require_grads()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adapter = find_adapter(model, adapter_name)
+        design = DESIGNS.get(adapter.compensation)
+        if design is not None and design.adds == FFN_OUTPUT:
+            decoder = find_decoder(model, find_family(self._text_config()))
+            for layer in adapter.plan.followers:
+                install_deferral(decoder.layers[layer], layer)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for layer in find_decoder(model, find_family(self._text_config())).layers:
+            remove_deferral(layer)
+        return model

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..attention import LEADER_ATTENTION, intercept_attention, release_attention
+from ..compensation import NONE
 from ..families import Family
 from ..handover import HANDOVER
 from ..plan import SOFTMAX
@@ -65,6 +66,10 @@ class AttentionTunerLayer(nn.Module, BaseTunerLayer):
     def compensation_rank(self, adapter_name: str) -> int | None:
         """Rank of the compensation of a follower; None if it is full, or if there is none."""
         return None
+
+    def compensation_design(self, adapter_name: str) -> str:
+        """Where the compensation of a follower reads and adds, see [`UniAttnConfig`]."""
+        return NONE
 
     def active_plan_adapter(self) -> str | None:
         """The adapter whose plan is in force here, or None."""
