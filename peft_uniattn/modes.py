@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .quantized import is_four_bit
@@ -25,3 +27,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """
+    Run `model` as it was before adapters came: trained copies of whole modules and of tokens rest as well.
+
+    By flags rather than by PEFT's `disable_adapter()`, which also takes away and gives back what is trainable; DDP,
+    FSDP and compiled graphs do not expect that between two forward passes.
+    """
+    switched = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [module._disable_adapters for module in switched]
+    try:
+        for module in switched:
+            module._disable_adapters = True
+        yield
+    finally:
+        for module, disabled in zip(switched, before, strict=True):
+            module._disable_adapters = disabled

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from conftest import close, prompt, tiny_adapter, tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_uniattn.bench.shapes import shape_config
+from peft_uniattn.bench import train
+from peft_uniattn.bench.shapes import load_model, shape_config
 from peft_uniattn.bench.train import FULL, LORA, STAGE_1, STAGE_2, TrainBenchmark, next_token_loss
 from peft_uniattn.cli import app
 
@@ -62,6 +64,21 @@ def test_training_that_does_not_work_gets_no_time():
     result = TrainBenchmark(**{**TINY, "rounds": 1, "steps": 1}, learning_rate=0.0, device="cpu").run()
     assert all(row["step_seconds"] is None for row in result["contenders"].values())
     assert all(goal["met"] is None for goal in result["goals"])
+
+
+def test_a_contender_is_gone_before_the_next_one_is_built(monkeypatch):
+    built = []
+
+    def load(*args, **kwargs):
+        gone = [reference() is None for reference in built]
+        assert all(gone), f"{gone.count(False)} models would count in the next one's peak memory"
+        model = load_model(*args, **kwargs)
+        built.append(weakref.ref(model.get_input_embeddings().weight))
+        return model
+
+    monkeypatch.setattr(train, "load_model", load)
+    TrainBenchmark(**TINY, device="cpu").run()
+    assert len(built) == 10
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])

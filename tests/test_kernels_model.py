@@ -25,7 +25,12 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 LEFT = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
 
-kinds = pytest.mark.parametrize("convert", [lambda model: model, to_standalone], ids=["adapter", "standalone"])
+
+def adapter(model):
+    return model
+
+
+kinds = pytest.mark.parametrize("convert", [adapter, to_standalone])
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +61,7 @@ def calls(monkeypatch):
     return seen
 
 
-def build(convert=lambda model: model, family="llama", kernels="triton", skip_mass=0.0, **changes):
+def build(convert=adapter, family="llama", kernels="triton", skip_mass=0.0, **changes):
     settings = {"hidden_size": 64, "num_hidden_layers": 3, "dtype": torch.float32, **changes}
     model = loud(tiny_adapter(tiny_model(family, **settings), superblocks=[[1, 2]], kernels=kernels))
     for config in model.peft_config.values():
@@ -88,9 +93,15 @@ def cache_for(model, kind):
     return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=20)
 
 
-@kinds
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "convert, kind, padded",
+    [
+        (adapter, "dynamic", False),
+        (adapter, "static", True),
+        (to_standalone, "dynamic", True),
+        (to_standalone, "static", False),
+    ],
+)
 def test_decoding_calls_the_kernels_and_gives_the_logits_without_them(convert, kind, padded, calls):
     mask = LEFT if padded else torch.ones_like(LEFT)
     model = build(convert)

@@ -10,9 +10,9 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 
-from peft_uniattn.quickstart import data
 from peft_uniattn.quickstart.data import load_examples
 from peft_uniattn.quickstart.python_manual import LONGEST_ANSWER, examples_by_topic
+from peft_uniattn.training.data import sources
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
 
@@ -267,7 +267,7 @@ class TestOwnDatasets:
     def test_a_dataset_of_the_hub_keeps_its_own_split(self, monkeypatch, test_part):
         parts = {"train": ROWS[:15], test_part: ROWS[15:]}
         hub = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
-        monkeypatch.setattr(data, "load_dataset", {"somebody/some-data": hub}.__getitem__)
+        monkeypatch.setattr(sources, "load_dataset", lambda name, *_, **__: {"somebody/some-data": hub}[name])
         loaded = load_examples("somebody/some-data")
         assert pairs(loaded["train"]) == [(row["prompt"], row["completion"]) for row in ROWS[:15]]
         assert pairs(loaded["test"]) == [(row["prompt"], row["completion"]) for row in ROWS[15:]]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .errors import reported
+from .receipt import show
 
 
 def quickstart(
@@ -46,13 +48,12 @@ def quickstart(
         # Only now: trl and datasets take seconds that --help should not.
         import datasets
         import transformers
-        from rich.console import Console
-        from rich.table import Table
 
-        from ..config import UniAttnConfig
         from ..quickstart.checkpoint import load_checkpoint
         from ..quickstart.data import load_examples
-        from ..training.two_stage import TwoStageRun, TwoStageSettings
+        from ..quickstart.demonstration import demonstration, tokenized
+        from ..training.arguments import PlanArguments
+        from ..training.two_stage import TwoStageRun
 
         # The bars of loading and tokenizing, over in a second, and what libraries tell one another.
         transformers.logging.set_verbosity_error()
@@ -60,33 +61,26 @@ def quickstart(
         datasets.disable_progress_bars()
         warnings.simplefilter("ignore", FutureWarning)
 
-        config = UniAttnConfig(
-            task_type="CAUSAL_LM",
-            superblock_size=superblock_size,
-            start_layer=start_layer,
-            end_layer=end_layer,
-            r=rank,
-        )
-        run = TwoStageRun(
-            output_dir=output_dir,
-            load_base=lambda: load_checkpoint(model),
-            data=load_examples(dataset, seed=seed, max_examples=max_examples),
-            data_name=dataset or "Python's reference manual (pydoc_data.topics)",
-            config=config,
-            settings=TwoStageSettings(
-                max_length=max_length,
-                calibration_method=method,
-                batch_size=batch_size,
-                stage1_steps=stage1_steps,
-                stage2_steps=stage2_steps,
-                compare_with_base=compare,
-                seed=seed,
+        arguments = demonstration(
+            output_dir,
+            plan=PlanArguments(
+                superblock_size=superblock_size, start_layer=start_layer, end_layer=end_layer, rank=rank
             ),
+            calibration_method=method,
+            max_length=max_length,
+            batch_size=batch_size,
+            stage1_steps=stage1_steps,
+            stage2_steps=stage2_steps,
+            compare_with_base=compare,
+            seed=seed,
+        )
+        data = load_examples(dataset, seed=seed, max_examples=max_examples)
+        run = TwoStageRun(
+            arguments,
+            load_base=lambda: load_checkpoint(model),
+            load_examples=partial(tokenized, data, arguments),
+            data_name=dataset or "Python's reference manual (pydoc_data.topics)",
         )
         receipt = run.run()
-        table = Table("", "", show_header=False, title="Receipt")
-        for row in receipt.rows():
-            table.add_row(*row)
-        console = Console()
-        console.print(table)
-        console.print(f"saved: {output_dir}/adapter, {output_dir}/model, {output_dir}/receipt.json")
+        show(receipt)
+        typer.echo(f"saved: {output_dir}/adapter, {output_dir}/model, {output_dir}/receipt.json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,17 @@ def use(mode: str | None) -> None:
     if mode is not None and mode not in MODES:
         raise ValueError(f"UNIATTN_KERNELS={mode!r} is unknown; use one of {', '.join(MODES)}")
     _mode = mode
+
+
+def describe(configured: str | None = None) -> str:
+    """Which kernels are chosen, and the Triton that would run them, for receipts and cards."""
+    mode = _mode or configured or "auto"
+    if mode == "off":
+        return mode
+    try:
+        return f"{mode}, Triton {version('triton')}"
+    except PackageNotFoundError:
+        return f"{mode}, without Triton"
 
 
 def check_kernels(kernels: str, skip_mass: float) -> None:

@@ -2,28 +2,14 @@
 
 import random
 import warnings
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value
 
+from ..training.data.formats import BadRow, Example, SkippedRow, converter
+from ..training.data.sources import read
 from .python_manual import examples_by_topic
 
-FILE_KINDS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".csv.gz": "csv",
-    ".parquet": "parquet",
-}
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
-ANSWER_COLUMNS = ("completion", "output", "response", "answer")
-ACCEPTED_COLUMNS = (
-    f"'messages' (role and content), or one of {PROMPT_COLUMNS} with one of {ANSWER_COLUMNS}"
-    "; an 'input' beside an 'instruction' is appended to it"
-)
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 FEATURES = Features({"prompt": MESSAGES, "completion": MESSAGES})
 
@@ -37,7 +23,7 @@ def load_examples(
     "validation" part keeps its own split; others are split at random.
 
     Args:
-        dataset: a .json, .jsonl or .csv file (plain or .gz), a .parquet file, or a name on the Hub; None: the
+        dataset: a file or a name on the Hub, of any format that `DataArguments.dataset_name` may have; None: the
             built-in data.
         seed: decides the split and the choice under `max_examples`.
         held_out: the share of examples for the test part, between 0 and 1.
@@ -95,14 +81,15 @@ def _runs(text: str, length: int = 8) -> set[tuple[str, ...]]:
 
 
 def _from_pairs(pairs: Iterable[tuple[str, str]]) -> Dataset:
-    rows = [
-        {"prompt": _turns(question, "user"), "completion": _turns(answer, "assistant")} for question, answer in pairs
-    ]
-    return Dataset.from_list(rows, features=FEATURES)
+    return Dataset.from_list([_conversation(Example("", *pair)) for pair in pairs], features=FEATURES)
+
+
+def _conversation(example: Example) -> dict[str, list[dict[str, str]]]:
+    return {"prompt": example.prompt_messages, "completion": example.completion_messages}
 
 
 def _converted(name: str, seed: int, held_out: float) -> DatasetDict:
-    parts = _load(name)
+    parts = read(name)
     train = _usable(parts["train"] if "train" in parts else next(iter(parts.values())), name)
     for test in ("test", "validation"):
         if test in parts and "train" in parts:
@@ -113,59 +100,18 @@ def _converted(name: str, seed: int, held_out: float) -> DatasetDict:
     return train.train_test_split(test_size=tests, seed=seed)
 
 
-def _load(name: str) -> DatasetDict:
-    path = Path(name).expanduser()
-    kind = next((kind for ending, kind in FILE_KINDS.items() if path.name.endswith(ending)), None)
-    if path.is_file():
-        if kind is None:
-            raise ValueError(f"dataset={name!r} is none of these kinds of file: {', '.join(FILE_KINDS)}")
-        return load_dataset(kind, data_files=str(path))
-    if kind is not None:
-        raise FileNotFoundError(f"dataset={name!r}: there is no such file")
-    return load_dataset(name)
-
-
 def _usable(dataset: Dataset, name: str) -> Dataset:
-    convert = _converter(dataset.column_names, name)
-    converted = dataset.map(convert, remove_columns=dataset.column_names, features=FEATURES)
+    convert = converter("auto", dataset.column_names)
+
+    def conversation(row: dict) -> dict:
+        try:
+            return _conversation(convert(row))
+        except (BadRow, SkippedRow):
+            return {"prompt": [], "completion": []}
+
+    converted = dataset.map(conversation, remove_columns=dataset.column_names, features=FEATURES)
     kept = converted.filter(lambda row: bool(row["prompt"] and row["completion"]))
     if dropped := len(converted) - len(kept):
         message = f"dataset={name!r}: {dropped} of {len(converted)} rows have no prompt or no answer, left out"
         warnings.warn(message, stacklevel=4)  # the caller of load_examples
     return kept
-
-
-def _converter(columns: list[str], name: str) -> Callable[[dict], dict]:
-    """The function from one row to {"prompt": messages, "completion": messages}; empty lists where a part is empty."""
-    prompt = next((column for column in PROMPT_COLUMNS if column in columns), None)
-    answer = next((column for column in ANSWER_COLUMNS if column in columns), None)
-    if "messages" in columns and not {"prompt", "completion"} <= set(columns):
-        return lambda row: _split_dialogue(_turns(row["messages"], "user"))
-    if prompt is None or answer is None:
-        raise ValueError(f"dataset={name!r} has the columns {columns}; accepted are {ACCEPTED_COLUMNS}")
-
-    def convert(row: dict) -> dict:
-        question = _turns(row[prompt], "user")
-        if question and prompt == "instruction" and (extra := _text(row.get("input"))):
-            question[-1]["content"] += f"\n\n{extra}"
-        return {"prompt": question, "completion": _turns(row[answer], "assistant")}
-
-    return convert
-
-
-def _split_dialogue(messages: list[dict]) -> dict:
-    """The last answer of the assistant is the completion; everything before it is the prompt."""
-    while messages and messages[-1]["role"] != "assistant":
-        messages = messages[:-1]
-    return {"prompt": messages[:-1], "completion": messages[-1:]}
-
-
-def _turns(value: object, role: str) -> list[dict[str, str]]:
-    """Messages without the empty ones; a plain text becomes one message of `role`."""
-    turns = value if isinstance(value, list) else [{"role": role, "content": value}]
-    return [{"role": turn["role"], "content": text} for turn in turns if (text := _text(turn["content"]))]
-
-
-def _text(value: object) -> str:
-    text = "" if value is None else str(value)
-    return text if text.strip() else ""

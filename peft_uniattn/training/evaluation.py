@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modes import evaluation_mode
 from .data import IGNORE, batches
+
+Evaluation = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, float]]
 
 
 @torch.no_grad()
@@ -42,12 +47,26 @@ def held_out_loss(
 
 @torch.no_grad()
 def sample_answer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]], *, max_new_tokens: int = 60
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int], *, max_new_tokens: int = 60
 ) -> str:
-    """The model's greedy answer to a conversation."""
-    inputs = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    """The model's greedy answer to a prompt of token ids."""
+    ids = torch.tensor([prompt], device=model.device)
     with evaluation_mode(model):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+        )
+    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
+
+
+def find_evaluation(name: str) -> Evaluation:
+    """
+    The function that `name`, as "module:function", stands for.
+
+    Raises:
+        ValueError: if there is no such function.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"evaluation={name!r} cannot be imported: {error}") from error

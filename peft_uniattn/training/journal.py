@@ -36,15 +36,21 @@ class Journal:
             self.results = {}
         self._settings = settings
 
-    def step(self, name: str, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of the step `name`: from the journal if it has finished before, else by running `action`."""
-        if name not in self.results:
-            self.results[name] = action()
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                self._path, json.dumps({"settings": self._settings, "results": self.results}, indent=2) + "\n"
-            )
-        return self.results[name]
+    def record(self, name: str, result: dict[str, Any], *, write: bool = True) -> None:
+        """
+        Remember the result of the step `name`.
+
+        Args:
+            name: of the step.
+            result: as JSON types.
+            write: also to disk; for one process of a distributed run.
+        """
+        self.results[name] = result
+        if not write:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        content = {"settings": self._settings, "results": self.results}
+        write_atomically(self._path, json.dumps(content, indent=2) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -63,8 +69,20 @@ def save_directory_atomically(path: Path, save: Callable[[Path], Any]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
+    write_through(temporary)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
+
+
+def write_through(directory: Path) -> None:
+    """Have the system put every file below `directory` on disk, so that it survives a loss of power."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:

@@ -1,0 +1,124 @@
+"""One stage of training with TRL's trainer: its arguments, its callbacks, and where it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import patch_environment
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from .arguments import Arguments
+from .checkpoints import WholeCheckpoints, newest_whole_checkpoint
+from .distillation import DistillationTrainer
+from .distributed import on_main_process
+from .loading import load_model
+from .progress import StageProgress
+
+
+def make_trainer(arguments: Arguments, stage: str, **options: Any) -> SFTTrainer:
+    """
+    The trainer of a stage; the one place where its class is chosen.
+
+    Args:
+        arguments: of the run.
+        stage: "stage1", "stage2" or "plain".
+        options: what every `SFTTrainer` takes.
+    """
+    if not arguments.distillation.applies_to(stage):
+        return SFTTrainer(**options)
+    teacher = load_model(arguments.model, arguments.training) if stage == "stage2" else None
+    return DistillationTrainer(distillation=arguments.distillation, teacher=teacher, **options)
+
+
+def train(
+    model: nn.Module,
+    arguments: Arguments,
+    stage: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset | IterableDataset,
+    eval_dataset: Dataset | None,
+) -> SFTTrainer:
+    """
+    Train `model` to the end of `stage`, from the newest whole checkpoint if there is one.
+
+    Returns:
+        the trainer, with the trained model and its log.
+
+    Raises:
+        ValueError: if the arguments ask for evaluation, but there is nothing to evaluate on.
+    """
+    training = stage_arguments(arguments, stage)
+    evaluates = training.eval_strategy != "no"
+    if evaluates and eval_dataset is None:
+        raise ValueError(
+            f"eval_strategy={training.eval_strategy.value!r} needs held-out examples, and the data has none; hold "
+            "some out, or leave eval_strategy out"
+        )
+    early_stop = arguments.recipe.early_stop() if stage == "stage1" else None
+    logs = os.environ.get("TENSORBOARD_LOGGING_DIR", f"{arguments.training.output_dir}/logs")
+    with patch_environment(tensorboard_logging_dir=f"{logs}/{stage}"):
+        trainer = make_trainer(
+            arguments,
+            stage,
+            model=model,
+            args=training,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset if evaluates else None,
+            processing_class=tokenizer,
+            callbacks=[WholeCheckpoints(), *([early_stop] if early_stop else [])],
+        )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(StageProgress(stage))
+    checkpoint = on_main_process(lambda: newest_whole_checkpoint(Path(training.output_dir)))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
+
+
+def stage_arguments(arguments: Arguments, stage: str) -> SFTConfig:
+    """The training arguments of a stage: stage 2's, but for what the recipe says of stage 1."""
+    training, recipe = arguments.training, arguments.recipe
+    changes: dict[str, Any] = {
+        "output_dir": str(checkpoints_of(arguments, stage)),
+        "run_name": f"{training.run_name or Path(training.output_dir).name}-{stage}",
+        "push_to_hub": False,
+        "hub_token": None,  # checkpoints keep their arguments
+        # One checkpoint may be incomplete, so the one before it has to be there.
+        "save_total_limit": max(2, training.save_total_limit or 0),
+        "resume_from_checkpoint": None,
+    }
+    if training.gradient_checkpointing:  # TRL may choose reentrant checkpointing, which cuts followers' gradients
+        changes["gradient_checkpointing_kwargs"] = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
+    if not training.packing:
+        changes["max_length"] = None  # the data are cut already
+    if stage == "stage1":
+        if recipe.stage1_learning_rate is not None:
+            changes["learning_rate"] = recipe.stage1_learning_rate
+        if recipe.stage1_num_train_epochs is not None:
+            changes.update(num_train_epochs=recipe.stage1_num_train_epochs, max_steps=-1)
+        if recipe.stage1_max_steps is not None:
+            changes["max_steps"] = recipe.stage1_max_steps
+    return dataclasses.replace(training, **changes)
+
+
+def checkpoints_of(arguments: Arguments, stage: str) -> Path:
+    """Where a stage keeps the trainer's checkpoints."""
+    return Path(arguments.training.output_dir) / "checkpoints" / stage
+
+
+def full_state(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
+    """
+    The whole state dict of a trained model whose weights are sharded, to be called in every process and complete in
+    the main process; None where the model holds its weights itself.
+    """
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return None
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped)
