@@ -83,6 +83,12 @@ def decode(model: PreTrainedModel, windows: torch.Tensor, new: int) -> tuple[tor
     return torch.cat(found), kept.share
 
 
+def write(result: dict, output: Path | None) -> None:
+    """After every measurement, so that an interrupted run leaves what it has."""
+    if output is not None:
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main(
     folder: Path,
     text: Path,
@@ -123,6 +129,7 @@ def main(
                     row["kept_share"] = share
                     result[phase].append(row)
                     print(phase, row, flush=True)
+                    write(result, output)
         prompts = tokens[: 4 * 1024].view(4, 1024)
         answers = {}
         for kernels, skip_mass in SETTINGS:
@@ -142,8 +149,7 @@ def main(
             for name, answer in answers.items()
         }
     print(json.dumps(result["generated"]))
-    if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result, output)
 
 
 if __name__ == "__main__":

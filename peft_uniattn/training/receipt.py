@@ -13,6 +13,7 @@ import trl
 from transformers import PreTrainedModel
 
 from ..cache import kv_bytes
+from ..kernels import describe
 from ..modes import evaluation_mode
 
 
@@ -28,7 +29,7 @@ def environment() -> dict[str, str]:
     """Versions and hardware."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), **versions, "device": device}
+    return {"python": platform.python_version(), **versions, "device": device, "kernels": describe()}
 
 
 @dataclass(frozen=True)
