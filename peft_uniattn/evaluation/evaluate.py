@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import lm_eval
 import torch
 from huggingface_hub import file_exists
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..training.journal import write_atomically
-from .tasks import PAPER_TASKS, task_specs
+from .tasks import PAPER_TASKS, task_manager, task_specs
 
 
 def evaluate(
@@ -61,7 +59,7 @@ def evaluate(
         results = lm_eval.simple_evaluate(
             model=language_model,
             tasks=specs,
-            task_manager=_task_manager(),
+            task_manager=task_manager(),
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,
@@ -77,12 +75,6 @@ def evaluate(
         config.pop("custom_dataset", None)
     results["model"] = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return dict(results)
-
-
-@cache
-def _task_manager() -> TaskManager:
-    """lm-eval's index of its own tasks, which takes seconds to make."""
-    return TaskManager()
 
 
 def load_for_evaluation(

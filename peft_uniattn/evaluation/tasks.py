@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
+from lm_eval.tasks import TaskManager
 
 from .local_data import LOCAL_SETS
 
@@ -39,6 +40,14 @@ CLOZE_TASKS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The columns that make an example recognisable.
+_QUESTION = {
+    "pubmedqa": ("QUESTION",),
+    "medmcqa": ("question",),
+    "medqa_4options": ("sent1",),
+    "social_iqa": ("context", "question"),
+    "commonsense_qa": ("question",),
+}
 _HUB = {
     "social_iqa": {"dataset_path": "lighteval/siqa"},
     "commonsense_qa": {"dataset_path": "tau/commonsense_qa"},
@@ -67,6 +76,24 @@ def task_specs(names: Sequence[str], *, data_dir: str | Path | None = None, num_
     return [_spec(name, data_dir, num_fewshot) for name in names]
 
 
+def task_questions(names: Sequence[str], *, data_dir: str | Path | None = None) -> dict[str, list[str]]:
+    """
+    The questions of each task without options and answers, by which its examples can be recognised in other data.
+
+    Args:
+        names: see [`task_specs`].
+        data_dir: see [`task_specs`].
+    """
+    tasks = task_manager().load(task_specs(names, data_dir=data_dir))["tasks"]
+    return {name: [_question(name, task, doc) for doc in task.eval_docs] for name, task in tasks.items()}
+
+
+@cache
+def task_manager() -> TaskManager:
+    """lm-eval's index of its own tasks, which takes seconds to make."""
+    return TaskManager()
+
+
 def base_task(name: str) -> str:
     """The official task whose questions the task `name` asks."""
     return name.removesuffix("_cloze")
@@ -92,6 +119,11 @@ def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
         return {**_cloze(name), **overrides}
     # lm-eval applies overrides to a registered task where the task is named inside a group.
     return {"group": f"{name}_local", "task": [{"task": name, **overrides}]}
+
+
+def _question(name: str, task: Any, doc: dict[str, Any]) -> str:
+    columns = _QUESTION.get(base_task(name))
+    return " ".join(doc[column] for column in columns) if columns else task.doc_to_text(doc)
 
 
 def _cloze(name: str) -> dict[str, Any]:
