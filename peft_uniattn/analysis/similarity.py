@@ -88,7 +88,8 @@ def softmax_similarity(
     totals = torch.zeros(2, layers, layers, dtype=torch.float64, device=device)
     sequences = tokens = 0
     with intercepted(decoder, range(layers)), evaluation_mode(model):
-        for ids in tqdm(_sequences(dataloader), desc="similarity", unit="sequence", disable=not progress, leave=False):
+        bar = tqdm(dataloader, desc="similarity", unit="batch", disable=not progress, leave=False)
+        for ids in _sequences(bar):
             handover = _WithoutProbabilities()
             decoder.backbone(input_ids=ids.to(device), use_cache=False, **{HANDOVER: handover})
             states = [handover.take(layer) for layer in range(layers)]
