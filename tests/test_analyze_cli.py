@@ -147,6 +147,12 @@ def test_sweep_varies_number_and_size(results):
         assert 0 < entry["ttft"]["fastest"] <= entry["ttft"]["median"]
 
 
+def test_sweep_of_the_size_alone_is_drawn_as_well(workplace, tmp_path):
+    content, _ = analyzed(workplace, tmp_path, "sweep", *RUNS["sweep"], "--vary", "size")
+    assert set(content["results"]) == {"base", "size"}
+    assert (tmp_path / "result.svg").exists()
+
+
 def test_depth_drops_one_follower_after_the_other_most_similar_first(results):
     found = results["depth"][0]["results"]
     assert found["superblocks"] == [[3, 4, 5]]
@@ -179,6 +185,7 @@ def test_compensation_compares_methods_and_ranks_fitted_and_held_out(results):
         ("plan", (), "give one of the two"),
         ("sweep", ("--followers", 6), "followers=6 do not fit into the model's 6 layers"),
         ("sweep", ("--superblock-size", 7), "superblock_size=7"),
+        ("sweep", ("--vary", "depth"), "vary='depth' is not known"),
         ("depth", ("--superblocks", "3-9"), "names layer 9"),
         ("depth", ("--superblocks", "3:5"), "'3:5' is not a range"),
         ("depth", ("--max-dropped", 3, "--superblock-size", 3), "max_dropped=3 is outside 0 to 2"),

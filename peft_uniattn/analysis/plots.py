@@ -102,18 +102,19 @@ def _measured(measured: dict[str, Any], method: str) -> list[tuple[str, Sequence
 
 def _sweep(record: Record) -> Figure:
     results, settings = record.results, record.settings
-    figure, axes = _panels(3, 2, width=7.5, height=6.5)
-    columns = (
-        ("number", [len(entry["superblocks"]) for entry in results["number"]]),
-        ("size", [entry["size"] for entry in results["size"]]),
-    )
+    swept = {name: results[name] for name in ("number", "size") if name in results}
+    count = {
+        "number": lambda entry: len(entry["superblocks"]),
+        "size": lambda entry: entry["size"],
+    }
+    figure, axes = _panels(3, len(swept), width=3.75 * len(swept), height=6.5)
     titles = {
         "number": f"number of Superblocks\n(of {settings['superblock_size']} layers, from the top)",
         "size": f"layers per Superblock\n({settings['followers']} followers, from the top)",
     }
-    for column, (name, x) in enumerate(columns):
-        entries = results[name]
-        loss, accuracy, ttft = axes[column], axes[2 + column], axes[4 + column]
+    for column, (name, entries) in enumerate(swept.items()):
+        x = list(map(count[name], entries))
+        loss, accuracy, ttft = axes[column :: len(swept)]
         loss.plot(x, [entry["loss_uncompensated"] for entry in entries], label="unified", **_STYLES[1])
         loss.plot(x, [entry["loss"] for entry in entries], label="and calibrated", **_STYLES[0])
         _base(loss, results["base"]["loss"])

@@ -18,6 +18,8 @@ from .data import Sequences
 from .timing import times_to_first_token
 from .unified import calibrated_scores, unified
 
+VARY = ("number", "size", "both")
+
 
 @dataclass(frozen=True)
 class SweepSettings:
@@ -25,6 +27,7 @@ class SweepSettings:
     Attributes:
         superblock_size: layers per Superblock while their number varies.
         followers: how many layers follow while the size varies.
+        vary: "number", "size" or "both".
         rank: rank of the compensation; None: full.
         method: calibration method.
         follower_mask: which masks may be mixed.
@@ -35,6 +38,7 @@ class SweepSettings:
 
     superblock_size: int = 4
     followers: int = 12
+    vary: str = "both"
     rank: int | None = None
     method: str = "ridge"
     follower_mask: str = "own"
@@ -58,9 +62,9 @@ def sweep(
         progress: show a progress bar.
 
     Returns:
-        "base": scores of the model itself; "number" and "size": one entry per plan, each with `superblocks`, `size`,
-        `followers`, `kv_retain_rate`, `loss_uncompensated`, `loss`, `accuracy`, `ttft` and `ttft_base`, the last two
-        taken in turns.
+        "base": scores of the model itself; "number" and "size", as far as they vary: one entry per plan, each with
+        `superblocks`, `size`, `followers`, `kv_retain_rate`, `loss_uncompensated`, `loss`, `accuracy`, `ttft` and
+        `ttft_base`, the last two taken in turns.
 
     Raises:
         ValueError: if the model is not supported, or no such plan fits it.
@@ -68,19 +72,21 @@ def sweep(
     decoder = wrappable_decoder(model)
     layers = len(decoder.layers)
     masks = getattr(decoder.backbone.config, "layer_types", None)
-    numbers = number_plans(layers, settings.superblock_size, masks, settings.follower_mask)
-    sizes = size_plans(layers, settings.followers, masks, settings.follower_mask)
-    # The plan that both have in common is measured once.
-    plans = {_key(plan): plan for plan in [*numbers, *sizes]}
+    if settings.vary not in VARY:
+        raise ValueError(f"vary={settings.vary!r} is not known; use one of {', '.join(VARY)}")
+    plans = {}
+    if settings.vary != "size":
+        plans["number"] = number_plans(layers, settings.superblock_size, masks, settings.follower_mask)
+    if settings.vary != "number":
+        plans["size"] = size_plans(layers, settings.followers, masks, settings.follower_mask)
+    # A plan that both have in common is measured once.
+    distinct = {str(plan): plan for swept in plans.values() for plan in swept}
     base = held_out_scores(model, data.held_out, data.pad_token_id, batch_size=settings.batch_size)
     measured = {}
-    for key, plan in tqdm(plans.items(), desc="sweep", unit="plan", disable=not progress):
+    for key, plan in tqdm(distinct.items(), desc="sweep", unit="plan", disable=not progress):
         measured[key] = _measure(model, plan, data, settings)
-    return {
-        "base": asdict(base),
-        "number": [measured[_key(plan)] for plan in numbers],
-        "size": [measured[_key(plan)] for plan in sizes],
-    }
+    entries = {name: [measured[str(plan)] for plan in swept] for name, swept in plans.items()}
+    return {"base": asdict(base), **entries}
 
 
 def _measure(
@@ -142,7 +148,3 @@ def superblocks_from_the_top(
         else:
             end -= 1
     return blocks[::-1]
-
-
-def _key(plan: list[list[int]]) -> str:
-    return str(plan)

@@ -18,6 +18,7 @@ def sweep(
     held_out: options.HeldOut = 16,
     superblock_size: Annotated[int, typer.Option(help="Layers per Superblock while their number varies.", min=2)] = 4,
     followers: Annotated[int, typer.Option(help="Followers while the size varies.", min=1)] = 12,
+    vary: Annotated[str, typer.Option(help="What to vary: 'number', 'size' or 'both'.")] = "both",
     rank: options.Rank = None,
     method: options.CalibrationMethod = "ridge",
     follower_mask: options.FollowerMask = "own",
@@ -41,6 +42,7 @@ def sweep(
     settings = {
         "superblock_size": superblock_size,
         "followers": followers,
+        "vary": vary,
         "rank": rank,
         "method": method,
         "follower_mask": follower_mask,
@@ -58,7 +60,7 @@ def sweep(
     def rows(results):
         yield "Superblocks", "layers each", "followers", "KV left", "loss", "accuracy", "TTFT, ms (base)"
         yield "base", "", 0, "100.0 %", f"{results['base']['loss']:.3f}", f"{results['base']['accuracy']:.1%}", ""
-        for entry in [*results["number"], *results["size"]]:
+        for entry in [*results.get("number", []), *results.get("size", [])]:
             ttft, base = (1000 * entry[name]["median"] for name in ("ttft", "ttft_base"))
             yield (
                 len(entry["superblocks"]),
