@@ -162,7 +162,7 @@ def _compensation(record: Record) -> Figure:
             axis.plot(layers, left, label=f"{variant['method']}, {rank}", markersize=4, **style)
         axis.axhline(100, color="0.6", linewidth=0.8)
         axis.set_title(title, fontsize=9)
-        axis.set_yscale("log")
+        axis.set_ylim(bottom=0)
         _label(axis, "follower (layer)", "error left, ‖ε − x·W_c‖ / ‖ε‖ (%)")
     random = results["random_left_percent"]
     axes[0].axhline(random, color="0.4", linestyle=":", label=f"Gaussian random means: {random:.1f} %")
