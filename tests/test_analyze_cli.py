@@ -96,8 +96,17 @@ def test_progress_is_shown(results, command):
 @pytest.mark.parametrize("command", RUNS)
 def test_a_plot_can_be_drawn_again_from_its_result(results, tmp_path, command):
     _, _, folder = results[command]
-    assert analyze("plot", folder / "result.json", tmp_path / "again.svg").exit_code == 0
+    assert analyze("show", folder / "result.json", "--plot", tmp_path / "again.svg").exit_code == 0
     assert (tmp_path / "again.svg").read_bytes() == (folder / "result.svg").read_bytes()
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_a_table_can_be_printed_again_in_markdown(results, command):
+    _, _, folder = results[command]
+    table = analyze("show", folder / "result.json", "--markdown").stdout.strip().splitlines()
+    assert len(table) > 3
+    assert len({line.count("|") for line in table}) == 1
+    assert set(table[1]) == set("|- ")
 
 
 @pytest.mark.parametrize("command", RUNS)
@@ -218,8 +227,8 @@ def test_data_that_are_empty_or_missing_end_in_one_sentence(workplace, command, 
     check_refused(result, message)
 
 
-def test_a_file_that_is_no_result_cannot_be_drawn(workplace, tmp_path):
-    result = analyze("plot", workplace / "rows.jsonl", tmp_path / "figure.svg")
+def test_a_file_that_is_no_result_cannot_be_shown(workplace):
+    result = analyze("show", workplace / "rows.jsonl")
     check_refused(result, "rows.jsonl is no result of an analysis")
 
 

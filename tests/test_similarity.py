@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flash_stand_in
 import pytest
 import torch
 from conftest import loud, prompt, tiny_adapter, tiny_model
@@ -45,6 +46,17 @@ def test_the_result_does_not_depend_on_how_much_is_held_at_once(max_elements):
     check(found, model, ids)
 
 
+def test_a_fused_back_end_gives_the_same(monkeypatch):
+    """flash_attention_2 takes V of K's width only; 13 columns do not divide into blocks of 8."""
+    flash_stand_in.install(monkeypatch)
+    model = loud(tiny_model(dtype=torch.float32))
+    ids = prompt(batch=2, length=13)
+    model.set_attn_implementation("flash_attention_2")
+    found = softmax_similarity(model, [{"input_ids": ids}], all_pairs=True, progress=False)
+    for similarities, known in zip((found.per_head, found.head_mean), expected(model, ids), strict=True):
+        torch.testing.assert_close(similarities, known, rtol=1e-4, atol=1e-5)
+
+
 def test_neighbours_alone_are_the_band_of_all_pairs():
     model = loud(tiny_model())
     batches = [{"input_ids": prompt()}]
@@ -69,7 +81,7 @@ def test_padding_is_left_out(side):
 
 
 @pytest.mark.parametrize("back_end", ["eager", "sdpa"])
-def test_no_more_than_a_pair_of_layers_is_ever_formed(back_end, monkeypatch):
+def test_no_more_than_a_pair_of_layers_is_held(back_end, monkeypatch):
     """Counts elements of s that are alive at once, with room for no more than one column of two layers."""
     from peft_uniattn.analysis import similarity
 

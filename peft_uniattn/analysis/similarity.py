@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..attention import share_softmax
+from ..attention import original_config, share_softmax
 from ..calibration.batches import model_inputs, token_mask
 from ..handover import HANDOVER, Handover, LeaderState
 from ..modes import evaluation_mode
@@ -68,8 +68,8 @@ def softmax_similarity(
 
     One forward pass a sequence hands over every layer's queries and keys; from these the model's own back end gives
     s as its output for the columns of the identity in place of V, so that masks, windows, caps and sinks are those of
-    the model. Sums over columns are all that is kept: memory stays within the larger of `max_elements` and one column
-    block of two layers, whatever the length, and never holds more than one pair of layers in full.
+    the model. Sums over columns are all that is kept: with eager and sdpa, memory stays within `max_elements` or one
+    column of the layers compared, whatever the length; fused back ends take as many columns as V has.
 
     Args:
         model: a transformers model without a UniAttn adapter.
@@ -130,7 +130,7 @@ def _gram(states: list[LeaderState], *, all_pairs: bool, max_elements: int) -> t
     held = layers if all_pairs else 2
     width = _column_width(states[0], max_elements // held)
     for first in range(0, length, width):
-        columns = range(first, min(first + width, length))
+        columns = range(first, first + width)
         blocks: list[torch.Tensor] = []
         for layer, state in enumerate(states):
             blocks.append(_softmax_columns(state, columns).to(gram.device))
@@ -145,19 +145,24 @@ def _gram(states: list[LeaderState], *, all_pairs: bool, max_elements: int) -> t
 
 
 def _column_width(state: LeaderState, max_elements: int) -> int:
-    """How many columns of s to compute at a time: all where they fit, else V's usual width or what fits."""
+    """How many columns of s to compute at a time: as many as fit, or what a fused back end takes, V of K's width."""
     _, heads, queries, head_dim = state.query.shape
-    length = state.key.shape[2]
-    # Fused back ends take no V that is wider than K.
-    widest = length if state.attention.config.uniattn_original._attn_implementation in ("eager", "sdpa") else head_dim
-    return max(1, min(widest, max_elements // (heads * queries)))
+    if original_config(state.attention)._attn_implementation not in ("eager", "sdpa"):
+        return head_dim
+    return max(1, min(state.key.shape[2], max_elements // (heads * queries)))
 
 
 def _softmax_columns(state: LeaderState, columns: range) -> torch.Tensor:
-    """The `columns` of s, (1, query length, query heads, columns), in float32 or better."""
+    """
+    The `columns` of s, in float32 or better; zeros for columns beyond the last key.
+
+    Returns:
+        (1, query length, query heads, columns).
+    """
     batch, kv_heads, length, _ = state.key.shape
+    keys = range(columns.start, min(columns.stop, length))
     identity = torch.zeros(length, len(columns), dtype=state.key.dtype, device=state.key.device)
-    identity[list(columns), range(len(columns))] = 1
+    identity[list(keys), range(len(keys))] = 1
     output, _ = share_softmax(identity.expand(batch, kv_heads, -1, -1), state)
     return output.to(torch.promote_types(output.dtype, torch.float32))
 

@@ -7,12 +7,12 @@ import typer
 from .compensation import compensation
 from .depth import depth
 from .plan import plan
-from .plot import plot
+from .show import show
 from .similarity import similarity
 from .sweep import sweep
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-for command in (similarity, plan, sweep, depth, compensation, plot):
+for command in (similarity, plan, sweep, depth, compensation, show):
     app.command()(command)
 
 

@@ -48,17 +48,6 @@ def compensation(
         variants = [Variant("pseudoinverse", None), Variant("ridge", None), *(Variant("ridge", r) for r in rank)]
         return measure_compensation(base, plan, data, variants, batch_size=batch_size)
 
-    def rows(results):
-        yield "compensation", "layer", "means, fitted: left", "tokens, fitted: left", "tokens, held out: left"
-        for variant in results["variants"]:
-            name = f"{variant['method']}, {'full' if variant['rank'] is None else variant['rank']}"
-            for follower in variant["followers"]:
-                found = (
-                    follower[part][kind]
-                    for part, kind in (("fit", "means"), ("fit", "tokens"), ("held_out", "tokens"))
-                )
-                yield name, follower["layer"], *(f"{norms['left_percent']:.1f} %" for norms in found)
-
     request = Request(
         analysis="compensation",
         model=model,
@@ -76,4 +65,4 @@ def compensation(
         plot=plot,
         settings={"ranks": list(rank), "follower_mask": follower_mask},
     )
-    run(request, measure, rows)
+    run(request, measure)

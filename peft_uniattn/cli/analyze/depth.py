@@ -55,13 +55,6 @@ def depth(
         plan = options.plan_config(superblock_size, start_layer, superblocks, follower_mask, rank)
         return measure_depth(base, plan, data, DepthSettings(**own))
 
-    def rows(results):
-        yield "followers without attention", "loss", "accuracy", "TTFT, ms"
-        yield "base", f"{results['base']['loss']:.3f}", f"{results['base']['accuracy']:.1%}", ""
-        for entry in results["dropped"]:
-            layers = f"{len(entry['layers'])}" + (f": … {entry['layers'][-1]}" if entry["layers"] else "")
-            yield layers, f"{entry['loss']:.3f}", f"{entry['accuracy']:.1%}", f"{1000 * entry['ttft']['median']:.0f}"
-
     request = Request(
         analysis="depth",
         model=model,
@@ -79,4 +72,4 @@ def depth(
         plot=plot,
         settings={**own, "follower_mask": follower_mask, "rank": rank},
     )
-    run(request, measure, rows)
+    run(request, measure)

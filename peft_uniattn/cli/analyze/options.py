@@ -68,11 +68,6 @@ def plan_config(
     )
 
 
-def as_text(superblocks: list[list[int]]) -> str:
-    """Superblocks as `--superblocks` takes them."""
-    return ",".join(f"{block[0]}-{block[-1]}" for block in superblocks)
-
-
 def _parse(superblocks: str) -> list[list[int]]:
     blocks = []
     for part in superblocks.split(","):

@@ -54,23 +54,6 @@ def plan(
 
         return measure_choice(base, data, **budget, **rules, batch_size=batch_size)
 
-    def rows(results):
-        yield "plan", "Superblocks", "followers", "KV left", "loss before calibration", "loss"
-        blocks = options.as_text(results["superblocks"])
-        if not results["scores"]:
-            yield "chosen", blocks, results["followers"], f"{results['kv_retain_rate']:.1%}", "", ""
-            return
-        yield "base", "", 0, "100.0 %", "", f"{results['base']['loss']:.3f}"
-        for name, entry in results["scores"].items():
-            yield (
-                name,
-                options.as_text(entry["superblocks"]),
-                entry["followers"],
-                f"{entry['kv_retain_rate']:.1%}",
-                f"{entry['loss_uncompensated']:.3f}",
-                f"{entry['loss']:.3f}",
-            )
-
     request = Request(
         analysis="plan",
         model=model,
@@ -88,4 +71,4 @@ def plan(
         plot=plot,
         settings={**budget, **rules},
     )
-    run(request, measure, rows)
+    run(request, measure)

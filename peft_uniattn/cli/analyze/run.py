@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import reported
+from .show import print_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,6 @@ class Request:
 def run(
     request: Request,
     measure: Callable[[PreTrainedModel, Sequences], dict[str, Any]],
-    rows: Callable[[dict[str, Any]], Iterable[Iterable[object]]],
 ) -> None:
     """
     Load model and data, measure, print a table, and write what was asked for.
@@ -53,7 +53,6 @@ def run(
     Args:
         request: what the user asked for.
         measure: from model and data to results as JSON types.
-        rows: from results to the lines of a table, its head first.
     """
     with reported():
         # Only now: these take seconds that --help should not.
@@ -94,7 +93,7 @@ def run(
             record.save(request.output)
         if request.plot is not None:
             plot(record, request.plot)
-        _show(record, rows(results))
+        print_table(record)
         for path in filter(None, (request.output, request.plot)):
             print(f"written: {path}")
 
@@ -130,14 +129,3 @@ def load_model(request: Request) -> tuple[PreTrainedModel, Any, str]:
         model.set_attn_implementation(request.attn)
     local = request.model is not None and Path(request.model).expanduser().exists()
     return model.eval(), tokenizer, Path(name).name if local else name
-
-
-def _show(record: Any, rows: Iterable[Iterable[object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    head, *lines = rows
-    table = Table(*map(str, head), title=record.analysis, caption=record.caption)
-    for line in lines:
-        table.add_row(*map(str, line))
-    Console().print(table)

@@ -35,12 +35,6 @@ def similarity(
 
         return softmax_similarity(base, data.batches(1, base.device), all_pairs=all_pairs).to_dict()
 
-    def rows(results):
-        yield "layer", "to the layer below, head against head", "averages over heads"
-        pairs = zip(results["per_head"]["neighbours"], results["head_mean"]["neighbours"], strict=True)
-        for layer, pair in enumerate(pairs, start=1):
-            yield layer, *(f"{value:.3f}" for value in pair)
-
     request = Request(
         analysis="similarity",
         model=model,
@@ -58,4 +52,4 @@ def similarity(
         plot=plot,
         settings={"all_pairs": all_pairs},
     )
-    run(request, measure, rows)
+    run(request, measure)

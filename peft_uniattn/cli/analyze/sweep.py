@@ -57,21 +57,6 @@ def sweep(
 
         return measure_sweep(base, data, SweepSettings(**settings))
 
-    def rows(results):
-        yield "Superblocks", "layers each", "followers", "KV left", "loss", "accuracy", "TTFT, ms (base)"
-        yield "base", "", 0, "100.0 %", f"{results['base']['loss']:.3f}", f"{results['base']['accuracy']:.1%}", ""
-        for entry in [*results.get("number", []), *results.get("size", [])]:
-            ttft, base = (1000 * entry[name]["median"] for name in ("ttft", "ttft_base"))
-            yield (
-                len(entry["superblocks"]),
-                entry["size"],
-                entry["followers"],
-                f"{entry['kv_retain_rate']:.1%}",
-                f"{entry['loss']:.3f}",
-                f"{entry['accuracy']:.1%}",
-                f"{ttft:.0f} ({base:.0f})",
-            )
-
     request = Request(
         analysis="sweep",
         model=model,
@@ -89,4 +74,4 @@ def sweep(
         plot=plot,
         settings=settings,
     )
-    run(request, measure, rows)
+    run(request, measure)
