@@ -1,55 +1,16 @@
-"""Which attention modules change the residual stream least, and the model without some of them (LLMDrop)."""
+"""Watch the residual stream around attention, and leave the attention of some layers out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from ..calibration.batches import model_inputs, token_mask
 from ..families import Decoder
-from ..modes import evaluation_mode
-
-
-@torch.no_grad()
-def attention_similarity(
-    decoder: Decoder,
-    dataloader: Iterable[Mapping[str, torch.Tensor]],
-    layers: Sequence[int],
-    *,
-    progress: bool = True,
-) -> dict[int, float]:
-    """
-    Mean cosine similarity over tokens of the residual stream before and after the attention of each layer.
-
-    Args:
-        decoder: of the model as it is, adapted or not.
-        dataloader: batches as for [`~peft_uniattn.calibrate`].
-        layers: which layers.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: if there is no data.
-    """
-    totals, tokens = dict.fromkeys(layers, 0.0), 0
-    with evaluation_mode(decoder.backbone):
-        bar = tqdm(dataloader, desc="similarity of attention", unit="batch", disable=not progress, leave=False)
-        for index, batch in enumerate(bar):
-            inputs = {key: value.to(decoder.backbone.device) for key, value in model_inputs(batch, index).items()}
-            with watched_streams(decoder, layers) as streams:
-                decoder.backbone(**inputs, use_cache=False)
-            real = token_mask(inputs)
-            tokens += int(real.sum())
-            for layer, (before, _, after) in streams.items():
-                cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-                totals[layer] += cosine[real.to(cosine.device)].sum().item()
-    if not tokens:
-        raise ValueError("dataloader is empty, or holds only padding; similarity needs some text")
-    return {layer: total / tokens for layer, total in totals.items()}
+from ..skipping import NoAttention
 
 
 @contextmanager
@@ -87,16 +48,16 @@ def watched_streams(
 
 @contextmanager
 def bypassed(decoder: Decoder, layers: Iterable[int]) -> Iterator[None]:
-    """Let the attention of `layers`, compensation included, add nothing to the residual stream."""
+    """
+    Let the attention of `layers`, compensation included, add nothing to the residual stream, as LLMDrop does.
+
+    For adapted layers, on which no second adapter can be; elsewhere use [`LLMDropConfig`].
+    """
     attentions = [decoder.attention(layer) for layer in layers]
-
-    def nothing(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
     before = [attention.__dict__.get("forward") for attention in attentions]
     try:
         for attention in attentions:
-            attention.forward = nothing
+            attention.forward = NoAttention(attention.layer_idx).forward
         yield
     finally:
         for attention, forward in zip(attentions, before, strict=True):

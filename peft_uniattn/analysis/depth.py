@@ -14,8 +14,9 @@ from ..calibration import calibrate
 from ..config import UniAttnConfig
 from ..families import find_decoder
 from ..inspection import find_adapter
+from ..rivals import measure_attention_similarity
 from ..training.evaluation import held_out_scores
-from .bypass import attention_similarity, bypassed
+from .bypass import bypassed
 from .data import Sequences
 from .timing import times_to_first_token
 from .unified import unified
@@ -76,9 +77,10 @@ def _drop(adapted: PeftModel, data: Sequences, settings: DepthSettings, progress
     if not 0 <= most <= len(followers):
         raise ValueError(f"max_dropped={most} is outside 0 to {len(followers)}, the number of followers")
     calibrate(adapted, data.batches(settings.batch_size, adapted.device), settings.method, progress=progress)
-    similarity = attention_similarity(
-        decoder, data.batches(settings.batch_size, adapted.device), followers, progress=progress
+    measured = measure_attention_similarity(
+        adapted, data.batches(settings.batch_size, adapted.device), progress=progress
     )
+    similarity = {layer: measured[layer] for layer in followers}
     order = sorted(followers, key=similarity.__getitem__, reverse=True)
 
     entries = []
