@@ -2,6 +2,7 @@
 
 from .calibration import CalibrationReport, calibrate
 from .config import UniAttnConfig
+from .grouping import choose_superblocks
 from .layer import UniAttnLayer
 from .model import UniAttnModel
 from .registration import CLA, LLMDROP, UNIATTN, register
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "choose_layers_to_drop",
+    "choose_superblocks",
     "half_of",
     "measure_attention_similarity",
     "num_layers_to_drop",

@@ -159,7 +159,7 @@ def follow(
         adds, addend = compensation.design.adds, compensation.linear(compensation.design.source(hidden_states, value))
     if past_key_values is not None:
         value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
-    heads, probabilities = _share(value, leader)
+    heads, probabilities = share_softmax(value, leader)
     if adds == HEADS:
         heads = heads + addend.view_as(heads)
     output = family.project_output(attention, heads)
@@ -185,7 +185,17 @@ def past_key_values(kwargs: dict[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
-def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
+def share_softmax(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    s_leader · V by the leader's own back end.
+
+    Args:
+        value: V of any width, (batch, key/value heads, key length, width).
+        leader: what the leader handed over.
+
+    Returns:
+        (batch, query length, query heads, width), and s or None where the back end does not form it.
+    """
     device = value.device
     if leader.probabilities is not None:
         probabilities = leader.probabilities.to(device)

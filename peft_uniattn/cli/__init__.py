@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .analyze import app as analyze
 from .bench import app as bench
 from .evaluate import evaluate
 from .quickstart import quickstart
@@ -17,6 +18,7 @@ app.command(context_settings=CONTEXT, add_help_option=False)(train)
 app.command("eval")(evaluate)
 app.command(context_settings=REPRODUCE_CONTEXT)(reproduce)
 app.add_typer(bench, name="bench")
+app.add_typer(analyze, name="analyze")
 
 
 @app.callback()
