@@ -27,6 +27,7 @@ def reproduce(
     data_dir: Annotated[
         Path | None, typer.Option(help="Directory with the published evaluation files. Default: the Hub.", exists=True)
     ] = None,
+    prompt: Annotated[str, typer.Option(help="paper, as the rows are trained, or official.")] = "paper",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each set.", min=1)] = None,
     stage1_share: Annotated[float, typer.Option(help="Share of the steps for stage 1.")] = 0.25,
     jobs: Annotated[int, typer.Option(help="Rows at a time; on several GPUs they take turns.", min=1)] = 1,
@@ -38,7 +39,7 @@ def reproduce(
     All rows get the same data and the same number of optimizer steps; what is left over are the arguments of
     `peft-uniattn train`. Ctrl-C is safe: the same command continues, row by row. Example:
 
-        peft-uniattn reproduce --output-dir out --seeds 0,1,2 --config configs/smollm2-135m/choices.yaml --max_steps 900
+        peft-uniattn reproduce --config configs/smollm2-135m/choices.yaml --output-dir out --seeds 0,1,2
     """
     with reported(continue_with=shlex.join(["peft-uniattn", *sys.argv[1:]])):
         from ..evaluation import task_specs
@@ -47,13 +48,13 @@ def reproduce(
         from ..reproduce.table import table
 
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-        task_specs(names, data_dir=data_dir)
+        task_specs(names, data_dir=data_dir, prompt=prompt)
         run = Reproduction(
             directory=output_dir,
             argv=tuple(context.args),
             tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
             seeds=tuple(int(seed) for seed in seeds.split(",")),
-            evaluation=Evaluation(names, None if data_dir is None else str(data_dir), limit=limit),
+            evaluation=Evaluation(names, None if data_dir is None else str(data_dir), prompt=prompt, limit=limit),
             stage1_share=stage1_share,
             jobs=jobs,
             keep_models=keep_models,

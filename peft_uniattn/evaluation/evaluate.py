@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lm_eval
 import torch
@@ -26,6 +26,7 @@ def evaluate(
     tasks: Sequence[str] = PAPER_TASKS,
     *,
     num_fewshot: int = 0,
+    prompt: Literal["official", "paper"] = "official",
     data_dir: str | Path | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -40,6 +41,7 @@ def evaluate(
         tokenizer: its tokenizer.
         tasks: see [`task_specs`].
         num_fewshot: examples before each question.
+        prompt: see [`task_specs`].
         data_dir: directory with local copies of the sets; None takes them from the Hub.
         batch_size: requests per forward pass.
         max_length: longest input in tokens; default what the model was made for.
@@ -52,7 +54,7 @@ def evaluate(
     """
     if num_fewshot < 0:
         raise ValueError(f"num_fewshot={num_fewshot} must be 0 or more")
-    specs = task_specs(tasks, data_dir=data_dir, num_fewshot=num_fewshot)
+    specs = task_specs(tasks, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     training = model.training
     try:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import DatasetDict
 from lm_eval.tasks import TaskManager
 
+from ..training.data.prompt import PAPER_PROMPT
 from .local_data import LOCAL_SETS
 
+PROMPTS = ("official", "paper")
 # The sets of the paper's Table 1, by lm-eval's names.
 PAPER_TASKS = ("pubmedqa", "medmcqa", "medqa_4options", "social_iqa", "commonsense_qa")
 
@@ -56,7 +58,13 @@ _HUB = {
 }
 
 
-def task_specs(names: Sequence[str], *, data_dir: str | Path | None = None, num_fewshot: int = 0) -> list[Any]:
+def task_specs(
+    names: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    num_fewshot: int = 0,
+    prompt: Literal["official", "paper"] = "official",
+) -> list[Any]:
     """
     What to hand to lm-eval as `tasks`.
 
@@ -66,14 +74,23 @@ def task_specs(names: Sequence[str], *, data_dir: str | Path | None = None, num_
         names: of `PAPER_TASKS`, of `CLOZE_TASKS`, or, without `data_dir`, of any task that lm-eval knows.
         data_dir: directory with the published files, anywhere below it; None takes them from the Hub.
         num_fewshot: examples before each question; they come from the training split.
+        prompt: "official", or for cloze tasks "paper": the prompt that the paper trains with (Appendix A).
 
     Raises:
-        ValueError: for a name that is not known, or examples from a set whose training file is not in `data_dir`.
+        ValueError: for an unknown prompt, "paper" for a task with letters, a name that is not known, or examples from
+            a set whose training file is not in `data_dir`.
         FileNotFoundError: if a published file is missing.
     """
     if not names:
         raise ValueError(f"tasks={list(names)} is empty; name one or more of {', '.join(PAPER_TASKS)}")
-    return [_spec(name, data_dir, num_fewshot) for name in names]
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt={prompt!r} must be one of {', '.join(PROMPTS)}")
+    specs = [_spec(name, data_dir, num_fewshot) for name in names]
+    return (
+        [_with_paper_prompt(spec, name) for spec, name in zip(specs, names, strict=True)]
+        if prompt == "paper"
+        else specs
+    )
 
 
 def task_questions(names: Sequence[str], *, data_dir: str | Path | None = None) -> dict[str, list[str]]:
@@ -122,8 +139,24 @@ def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
 
 
 def _question(name: str, task: Any, doc: dict[str, Any]) -> str:
-    columns = _QUESTION.get(base_task(name))
-    return " ".join(doc[column] for column in columns) if columns else task.doc_to_text(doc)
+    return _joined(doc, base_task(name)) if base_task(name) in _QUESTION else task.doc_to_text(doc)
+
+
+def _joined(doc: dict[str, Any], task: str) -> str:
+    return " ".join(doc[column].strip() for column in _QUESTION[task])
+
+
+def _with_paper_prompt(spec: Any, name: str) -> Any:
+    if name not in CLOZE_TASKS:
+        raise ValueError(
+            f"prompt='paper' asks for an answer's text, but task {name!r} asks for a letter; use {name}_cloze, or "
+            "prompt='official'"
+        )
+    return {**spec, "doc_to_text": partial(_paper_prompt, task=base_task(name)), "target_delimiter": ""}
+
+
+def _paper_prompt(doc: dict[str, Any], *, task: str) -> str:
+    return PAPER_PROMPT.format(instruction="", input=_joined(doc, task))
 
 
 def _cloze(name: str) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Evaluation:
         tasks: names for `peft_uniattn.evaluation.task_specs`.
         data_dir: local copies of the sets; None takes them from the Hub.
         num_fewshot: examples before each question.
+        prompt: "official", or for cloze tasks "paper".
         batch_size: requests per forward pass.
         limit: only the first so many questions of each set; None for all.
     """
@@ -36,6 +37,7 @@ class Evaluation:
     tasks: tuple[str, ...]
     data_dir: str | None = None
     num_fewshot: int = 0
+    prompt: str = "official"
     batch_size: int = 32
     limit: int | None = None
 
@@ -87,8 +89,8 @@ def run_cell(
     """
     Train and evaluate one row with one seed, or read its result if it is there already.
 
-    Every row gets the same number of optimizer steps, `max_steps` of `argv`: what calibration and stage 1 take of them,
-    stage 2 goes without.
+    Every row gets the same number of optimizer steps, `max_steps` of `argv`: what calibration and stage 1 take of
+    them, stage 2 goes without.
 
     Args:
         cell: the row.

@@ -44,10 +44,8 @@ def find(arguments: Arguments, path: Path, *, tables: Sequence[str], evaluation:
         return _read(path)
     check_model(arguments.model)
     tokenizer = load_tokenizer(arguments.model, arguments.training)
-    data = load_data(
-        arguments.data, tokenizer, max_length=arguments.training.max_length, seed=arguments.training.seed
-    )
-    texts = tokenizer.batch_decode(data.train["input_ids"])
+    data = load_data(arguments.data, tokenizer, max_length=arguments.training.max_length, seed=arguments.training.seed)
+    texts = [tokenizer.decode(row["input_ids"]) for row in data.train]
     for name, questions in task_questions(evaluation.tasks, data_dir=evaluation.data_dir).items():
         check_contamination(texts, questions, name=name)
 

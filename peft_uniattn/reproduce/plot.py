@@ -32,7 +32,13 @@ def plot(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
         error = statistics.stdev(means) if len(means) > 1 else None
         marker = "osD^vP*Xhp<>8d"[index % 14]
         axes.errorbar(
-            found[0].kv_bytes / 1024, statistics.mean(means), yerr=error, fmt=marker, capsize=3, color="0.2", label=name
+            found[0].kv_bytes / 1024,
+            statistics.mean(means),
+            yerr=error,
+            fmt=marker,
+            capsize=3,
+            color="0.2",
+            label=name,
         )
     axes.set_xlabel("KV cache, KiB per token")
     axes.set_ylabel("mean accuracy, %")

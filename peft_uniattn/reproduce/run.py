@@ -67,9 +67,7 @@ class Reproduction:
             ValueError: if training data hold evaluation questions, or arguments do not fit each other or the model.
         """
         shared = parse_arguments([*self.argv, "--output_dir", str(self.directory)])
-        found = find(
-            shared, self.directory / "findings.json", tables=self.tables, evaluation=self.evaluation
-        )
+        found = find(shared, self.directory / "findings.json", tables=self.tables, evaluation=self.evaluation)
         rows = list({cell.name: cell for name in self.tables for cell in cells(name, found)}.values())
         for row in rows:
             steps_of(row, shared, self.stage1_share)

@@ -23,7 +23,9 @@ def table(results: Sequence[CellResult]) -> str:
     rows: dict[str, list[CellResult]] = {}
     for result in results:
         if list(result.accuracy) != tasks:
-            raise ValueError(f"{result.cell} was asked {list(result.accuracy)}, other rows {tasks}; use one directory each")
+            raise ValueError(
+                f"{result.cell} was asked {list(result.accuracy)}, other rows {tasks}; use one directory each"
+            )
         rows.setdefault(result.cell, []).append(result)
     most = max(result.kv_bytes for result in results)
     lines = [
