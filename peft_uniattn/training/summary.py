@@ -68,7 +68,7 @@ def make_receipt(results: dict[str, Any], data_name: str) -> Receipt:
         superblocks=plan["superblocks"],
         num_layers=plan["num_layers"],
         kv_bytes_before=base["kv_bytes"],
-        kv_bytes_after=unified[-1]["kv_bytes"],
+        kv_bytes_after=[base, *unified][-1]["kv_bytes"],
         adapter_parameters=plan["adapter_parameters"],
         adapter_bytes=sizes[-1] if sizes else None,
         losses={name: loss for name, loss in losses.items() if loss is not None},
