@@ -8,15 +8,17 @@ Writes the receipt, with the command and the environment, to the result file.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peft_uniattn import UniAttnConfig
 from peft_uniattn.quickstart.checkpoint import load_checkpoint
 from peft_uniattn.quickstart.data import load_examples
-from peft_uniattn.training.two_stage import TwoStageRun, TwoStageSettings
+from peft_uniattn.quickstart.demonstration import demonstration, tokenized
+from peft_uniattn.training.arguments import PlanArguments
+from peft_uniattn.training.two_stage import TwoStageRun
 
 
 def main(
@@ -37,7 +39,9 @@ def main(
         model, tokenizer, loaded_name = load_checkpoint(checkpoint)
         return model, tokenizer, name or loaded_name
 
-    settings = TwoStageSettings(
+    arguments = demonstration(
+        output_dir,
+        plan=PlanArguments(superblock_size=superblock_size),
         max_length=max_length,
         calibration_examples=calibration_examples,
         held_out_examples=held_out_examples,
@@ -45,13 +49,13 @@ def main(
         stage2_steps=stage2_steps,
         compare_with_base=False,
     )
+    data = load_examples()
     run = TwoStageRun(
-        output_dir=output_dir,
+        arguments,
         load_base=load_base,
-        data=load_examples(),
+        load_examples=partial(tokenized, data, arguments),
         data_name="Python's reference manual (pydoc_data.topics)",
-        config=UniAttnConfig(task_type="CAUSAL_LM", superblock_size=superblock_size),
-        settings=settings,
+        question=data["test"][0]["prompt"][-1]["content"],
     )
     receipt = run.run()
     for row in receipt.rows():
