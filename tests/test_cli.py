@@ -1,9 +1,11 @@
 """The command line as a user meets it: help, errors without tracebacks, exit codes."""
 
 import pytest
+import recipe_runs
 from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
+from peft_uniattn.training.arguments import parse_arguments
 
 runner = CliRunner()
 
@@ -28,6 +30,55 @@ def test_bad_input_ends_in_one_sentence(arguments, message, tmp_path):
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_help_of_train_lists_every_kind_of_argument_and_shows_an_example():
+    result = runner.invoke(app, ["train", "--help"])
+    assert result.exit_code == 0
+    flags = ("--model_name_or_path", "--dataset_name", "--superblock_size", "--stage1_learning_rate", "--bf16")
+    assert all(flag in result.output for flag in flags)
+    assert "Example: peft-uniattn train --model_name_or_path" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "model_name_or_path is missing"),
+        (["--stages", "stage3"], "stages='stage3'"),
+        (["--superblocks", "16to19"], "superblocks='16to19' must look like '16-19,20-23'"),
+        (["--model_name_or_path", "m", "--use_peft"], "use_peft=True"),
+        (["--model_name_or_path", "m", "--evaluation", "nowhere:accuracy"], "evaluation='nowhere:accuracy'"),
+        (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
+    ],
+)
+def test_bad_input_of_train_ends_in_one_sentence(arguments, message, tmp_path):
+    usual = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]
+    result = runner.invoke(app, ["train", *usual, *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_flags_that_it_does_not_know(tmp_path):
+    result = runner.invoke(app, ["train", "--output_dir", str(tmp_path), "--use_cpu", "--superblok_size", "3"])
+    assert result.exit_code not in (0, None)
+    assert "superblok_size" in result.stderr
+
+
+def test_train_reads_yaml_which_flags_override(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("superblocks: 2-4\nrank: 7\nuse_cpu: true\nbf16: false\nmax_steps: 5\n")
+    read = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--max_steps", "6"])
+    assert (read.plan.superblocks, read.plan.rank, read.training.max_steps) == ("2-4", 7, 6)
+    assert read.plan.peft_config().superblocks == [[2, 3, 4]]
+
+
+def test_train_post_trains_a_model_and_shows_the_receipt(tmp_path):
+    inputs = recipe_runs.write_inputs(tmp_path)
+    result = runner.invoke(app, ["train", *recipe_runs.flags(inputs, tmp_path / "out", stages="calibrate")])
+    assert result.exit_code == 0, result.output
+    assert "held-out loss, calibrated" in result.output
+    assert (tmp_path / "out" / "calibrated" / "adapter_model.safetensors").exists()
 
 
 def test_bad_input_leaves_no_output_directory(tmp_path):

@@ -7,10 +7,12 @@ import math
 import random
 
 import pytest
+import recipe_runs
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from peft_uniattn.training.early_stop import EarlyStop
+from peft_uniattn.training.two_stage import TwoStageRun
 
 
 @pytest.fixture
@@ -239,3 +241,22 @@ def test_a_callback_that_has_been_used_starts_afresh(train):
     callback = EarlyStop(decay=0.0, patience=5)
     first, second = train(callback).state.global_step, train(callback).state.global_step
     assert first == second == 9
+
+
+@pytest.mark.parametrize(
+    "by", [{"stage1_early_stop": "train_loss"}, {"stage1_early_stop": "eval_loss", "eval_strategy": "steps"}]
+)
+def test_the_recipe_stops_stage_1_and_only_stage_1(tmp_path, by):
+    inputs = recipe_runs.write_inputs(tmp_path)
+    # No loss falls by 100 nats, so the first two steps without a new minimum are the last.
+    never = {"stage1_early_stop_patience": 2, "stage1_early_stop_min_delta": 100.0, "eval_steps": 1}
+    arguments = recipe_runs.arguments(inputs, tmp_path / "out", stage1_max_steps=9, **by, **never)
+    TwoStageRun(arguments).run()
+    steps = {stage: recipe_runs.losses(tmp_path / "out", stage)[-1][0] for stage in ("stage 1", "stage 2")}
+    assert steps == {"stage 1": 3, "stage 2": 4}
+
+
+def test_the_recipe_refuses_evaluation_loss_without_evaluations_before_anything_runs(tmp_path):
+    named = {"model_name_or_path": "never-loaded", "dataset_name": "never-read.jsonl"}
+    with pytest.raises(ValueError, match="stage1_early_stop='eval_loss' needs evaluations"):
+        recipe_runs.arguments(named, tmp_path, stage1_early_stop="eval_loss")

@@ -143,6 +143,13 @@ def test_an_interrupted_run_logs_the_same_means_where_saving_falls_between_logs(
     assert losses(tmp_path / "run", "stage 1") == losses(tmp_path / "whole", "stage 1")
 
 
+def test_stage_1_stops_early_and_stage_2_does_not(run, tmp_path):
+    settings = {"stage1_early_stop": "train_loss", "stage1_early_stop_decay": 0, "stage1_early_stop_patience": 1}
+    run(tmp_path / "run", stage1_learning_rate=1e-9, stage1_max_steps=8, learning_rate=1e-9, max_steps=8, **settings)
+    assert len(losses(tmp_path / "run", "stage 1")) < 8
+    assert len(losses(tmp_path / "run", "stage 2")) == 8
+
+
 def test_calibration_alone_leaves_an_adapter(run, tmp_path, finished):
     receipt = run(tmp_path / "run", stages="calibrate")
     assert list(receipt.losses) == ["base", "unified, no compensation", "calibrated"]

@@ -14,10 +14,11 @@ from ..calibration import check_method
 from ..config import UniAttnConfig
 from .data import DataArguments
 from .distillation.arguments import DistillationArguments
+from .early_stop import METRICS, EarlyStop
 
 STAGES = ("calibrate", "stage1", "stage2")
-METHODS = ("uniattn",)
-EARLY_STOPS = ("none", "train_loss", "eval_loss")
+METHODS = ("uniattn", "cla", "llmdrop")
+EARLY_STOPS = ("none", *METRICS)
 # What may change between two calls of one run: where and how it is watched and published, not what it computes.
 _OPERATIONAL = {
     "output_dir",
@@ -51,10 +52,10 @@ _OPERATIONAL = {
 @dataclass
 class PlanArguments:
     """
-    Which layers share a softmax; see [`UniAttnConfig`].
+    Which layers share a softmax; see [`UniAttnConfig`]. Or one of the rivals: see `peft_uniattn.rivals`.
 
     Raises:
-        ValueError: for a plan that no model can have, or a `superblocks` that cannot be read.
+        ValueError: for a plan that no model can have, or a `superblocks` or `dropped_layers` that cannot be read.
     """
 
     superblock_size: int = field(default=4, metadata={"help": "Layers per Superblock: one leader, the others follow."})
@@ -78,23 +79,45 @@ class PlanArguments:
     )
     rank: int | None = field(default=None, metadata={"help": "Rank of the compensation W_c. Default: full."})
     method: str = field(
-        default="uniattn", metadata={"help": "What is shared in a Superblock.", "choices": list(METHODS)}
+        default="uniattn",
+        metadata={
+            "help": "'uniattn', or a rival, which has nothing to calibrate and no stage 1: 'cla' (followers use the "
+            "leader's keys and values), 'llmdrop' (dropped_layers go without attention).",
+            "choices": list(METHODS),
+        },
+    )
+    dropped_layers: str | None = field(
+        default=None, metadata={"help": "With method 'llmdrop': layers counted from 0, such as '18,21,19'."}
     )
 
     def __post_init__(self) -> None:
+        if (self.dropped_layers is not None) != (self.method == "llmdrop"):
+            raise ValueError(
+                f"dropped_layers={self.dropped_layers!r} does not go with method={self.method!r}; llmdrop needs it, "
+                "the others have none"
+            )
+        if self.rank is not None and self.method != "uniattn":
+            raise ValueError(f"rank={self.rank} is of UniAttn's compensation, and method={self.method!r} has none")
         self.peft_config()
 
     def peft_config(self) -> PeftConfig:
         """The configuration for `get_peft_model`."""
-        return UniAttnConfig(
-            task_type="CAUSAL_LM",
-            superblock_size=self.superblock_size,
-            start_layer=self.start_layer,
-            end_layer=self.end_layer,
-            superblocks=None if self.superblocks is None else parse_superblocks(self.superblocks),
-            follower_mask=self.follower_mask,
-            r=self.rank,
-        )
+        if self.method == "llmdrop":
+            from ..rivals import LLMDropConfig
+
+            return LLMDropConfig(task_type="CAUSAL_LM", layers=parse_layers(self.dropped_layers))
+        plan = {
+            "superblock_size": self.superblock_size,
+            "start_layer": self.start_layer,
+            "end_layer": self.end_layer,
+            "superblocks": None if self.superblocks is None else parse_superblocks(self.superblocks),
+            "follower_mask": self.follower_mask,
+        }
+        if self.method == "cla":
+            from ..rivals import CLAConfig
+
+            return CLAConfig(task_type="CAUSAL_LM", **plan)
+        return UniAttnConfig(task_type="CAUSAL_LM", r=self.rank, **plan)
 
 
 @dataclass
@@ -138,6 +161,15 @@ class RecipeArguments:
             "choices": list(EARLY_STOPS),
         },
     )
+    stage1_early_stop_decay: float = field(
+        default=0.99, metadata={"help": "How much of the moving average of the training loss a step keeps."}
+    )
+    stage1_early_stop_patience: int = field(
+        default=100, metadata={"help": "Steps without a new minimum after which stage 1 stops."}
+    )
+    stage1_early_stop_min_delta: float = field(
+        default=0.0, metadata={"help": "By how many nats a new minimum must be lower than the last."}
+    )
     compare_with_base: bool = field(
         default=False, metadata={"help": "Also fine-tune the unmodified base as in stage 2, to compare."}
     )
@@ -173,6 +205,18 @@ class RecipeArguments:
             raise ValueError(f"held_out_examples={self.held_out_examples} must be 0 (no held-out losses) or more")
         if self.evaluation is not None and ":" not in self.evaluation:
             raise ValueError(f"evaluation={self.evaluation!r} must be 'module:function', such as 'my_tasks:accuracy'")
+        self.early_stop()
+
+    def early_stop(self) -> EarlyStop | None:
+        """The callback that ends stage 1 early, or None."""
+        if self.stage1_early_stop == "none":
+            return None
+        return EarlyStop(
+            self.stage1_early_stop,
+            decay=self.stage1_early_stop_decay,
+            patience=self.stage1_early_stop_patience,
+            min_delta=self.stage1_early_stop_min_delta,
+        )
 
     def runs(self, stage: str) -> bool:
         """Whether `stage` is to be run."""
@@ -189,6 +233,18 @@ class Arguments:
     recipe: RecipeArguments
     training: SFTConfig
     distillation: DistillationArguments = field(default_factory=DistillationArguments)
+
+    def __post_init__(self) -> None:
+        if self.recipe.stage1_early_stop == "eval_loss" and self.training.eval_strategy == "no":
+            raise ValueError(
+                "stage1_early_stop='eval_loss' needs evaluations; set eval_strategy and eval_steps, or use "
+                "'train_loss'"
+            )
+        if self.plan.method != "uniattn" and self.recipe.stages != "stage2":
+            raise ValueError(
+                f"method={self.plan.method!r} has nothing to calibrate and no stage 1, but "
+                f"stages={self.recipe.stages!r}; set stages=stage2"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What decides about results, as JSON types; another call with other ones is another run."""
@@ -242,3 +298,16 @@ def parse_superblocks(text: str) -> list[list[int]]:
             raise ValueError(f"superblocks={text!r} must look like '16-19,20-23': first and last layer of each")
         blocks.append(list(range(int(first), int(last) + 1)))
     return blocks
+
+
+def parse_layers(text: str) -> list[int]:
+    """
+    Layers from a text such as "18,21,19", counted from 0.
+
+    Raises:
+        ValueError: if it is not of that form.
+    """
+    layers = text.split(",")
+    if not all(layer.strip().isdigit() for layer in layers):
+        raise ValueError(f"dropped_layers={text!r} must look like '18,21,19': layers counted from 0")
+    return [int(layer) for layer in layers]

@@ -31,11 +31,11 @@ def publish(output_dir: Path, arguments: Arguments) -> dict[str, str]:
         if not (output_dir / folder).is_dir():
             continue
         repository = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        commit = api.upload_folder(
+        api.upload_folder(
             repo_id=repository.repo_id,
             folder_path=output_dir / folder,
-            commit_message=f"UniAttn {folder} trained with peft_uniattn",
+            commit_message=f"UniAttn {folder}, trained with peft_uniattn",
         )
         addresses[folder] = str(repository)
-        tqdm.write(f"pushed {folder}: {commit.repo_url if hasattr(commit, 'repo_url') else repository}")
+        tqdm.write(f"pushed {folder}: {repository}")
     return addresses

@@ -13,13 +13,15 @@ import trl
 from transformers import PreTrainedModel
 
 from ..cache import kv_bytes
+from ..modes import evaluation_mode
 
 
 @torch.no_grad()
 def measured_kv_bytes_per_token(model: PreTrainedModel, length: int = 64) -> int:
     """Bytes per token of the cache that a real prefill of `length` tokens leaves behind."""
     ids = torch.arange(length, device=model.device).unsqueeze(0) % model.config.vocab_size
-    return kv_bytes(model(input_ids=ids, use_cache=True).past_key_values) // length
+    with evaluation_mode(model):
+        return kv_bytes(model(input_ids=ids, use_cache=True).past_key_values) // length
 
 
 def environment() -> dict[str, str]:

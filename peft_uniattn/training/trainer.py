@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import patch_environment
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -63,6 +63,7 @@ def train(
             f"eval_strategy={training.eval_strategy.value!r} needs held-out examples, and the data has none; hold "
             "some out, or leave eval_strategy out"
         )
+    early_stop = arguments.recipe.early_stop() if stage == "stage1" else None
     logs = os.environ.get("TENSORBOARD_LOGGING_DIR", f"{arguments.training.output_dir}/logs")
     with patch_environment(tensorboard_logging_dir=f"{logs}/{stage}"):
         trainer = make_trainer(
@@ -73,7 +74,7 @@ def train(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset if evaluates else None,
             processing_class=tokenizer,
-            callbacks=[WholeCheckpoints(), *_early_stop(arguments, stage)],
+            callbacks=[WholeCheckpoints(), *([early_stop] if early_stop else [])],
         )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(StageProgress(stage))
@@ -89,6 +90,7 @@ def stage_arguments(arguments: Arguments, stage: str) -> SFTConfig:
         "output_dir": str(checkpoints_of(arguments, stage)),
         "run_name": f"{training.run_name or Path(training.output_dir).name}-{stage}",
         "push_to_hub": False,
+        "hub_token": None,  # checkpoints keep their arguments
         # One checkpoint may be incomplete, so the one before it has to be there.
         "save_total_limit": max(2, training.save_total_limit or 0),
         "resume_from_checkpoint": None,
@@ -120,7 +122,3 @@ def full_state(trainer: SFTTrainer) -> dict[str, torch.Tensor] | None:
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return None
     return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-
-
-def _early_stop(arguments: Arguments, stage: str) -> list[TrainerCallback]:
-    return []

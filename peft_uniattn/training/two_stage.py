@@ -93,7 +93,7 @@ class TwoStageRun:
         return starts
 
     def _check_start(self, stage: str, start: str | None, done: dict[str, Any] | None) -> None:
-        if stage == "stage2" and start is None:
+        if stage == "stage2" and start is None and self.arguments.plan.method == "uniattn":
             raise ValueError(
                 f"stages={self.arguments.recipe.stages!r}: stage 2 needs an adapter, and {self.output_dir} has none; "
                 "give one by adapter, or run stage1 before it"
