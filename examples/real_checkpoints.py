@@ -1,68 +1,162 @@
 """
-The two-stage run on a checkpoint of your own, with every setting in one place.
+UniAttn on a checkpoint of your own: calibrate, a short stage 1, and what that did to loss, KV cache and answers.
 
-    python examples/real_checkpoints.py PATH_OR_HUB_NAME OUTPUT_DIR --name "what to call it" --result result.json
+    python examples/real_checkpoints.py CHECKPOINT DATA OUTPUT_DIR --superblock-size 2 --result result.json
 
-Writes the receipt, with the command and the environment, to the result file.
+CHECKPOINT is a folder or a Hub name, DATA a file of instructions and answers (.json, .jsonl, .csv, .parquet) or a Hub
+name. Leaves the adapter in OUTPUT_DIR, and all figures with the command in the result file.
 """
 
 import json
 import sys
-from functools import partial
+import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
 
+from peft_uniattn import UniAttnConfig, calibrate
+from peft_uniattn.inspection import find_adapter
 from peft_uniattn.quickstart.checkpoint import load_checkpoint
 from peft_uniattn.quickstart.data import load_examples
-from peft_uniattn.quickstart.demonstration import demonstration, tokenized
-from peft_uniattn.training.arguments import PlanArguments
-from peft_uniattn.training.two_stage import TwoStageRun
+from peft_uniattn.training.data import batches, tokenize
+from peft_uniattn.training.evaluation import held_out_loss, sample_answer
+from peft_uniattn.training.receipt import environment, measured_kv_bytes_per_token
+
+QUESTIONS = (
+    "Why does the moon change its shape during a month?",
+    "Give me three tips for keeping a house warm in winter without spending much.",
+    "Write a Python function that returns the largest number in a list.",
+)
+
+
+@torch.no_grad()
+def surprise(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: str) -> float:
+    """Mean cross-entropy, in nats per token, of an answer under `model`."""
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in (start, answer)]
+    labels = torch.cat([torch.full_like(ids[0], -100), ids[1]], dim=1)
+    return model(torch.cat(ids, dim=1).to(model.device), labels=labels.to(model.device)).loss.item()
+
+
+def repetition(answer: str) -> float:
+    """Share of three-word runs that stood in the answer before; near 1 where generation is caught in a loop."""
+    words = answer.split()
+    runs = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def train_stage1(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, dataset: object, output_dir: Path, **settings: float
+) -> list[dict]:
+    """Train W_c alone; returns the trainer's log."""
+    arguments = SFTConfig(
+        output_dir=str(output_dir),
+        lr_scheduler_type="cosine",
+        max_length=None,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+        logging_steps=4,
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def main(
     checkpoint: str,
+    data: str,
     output_dir: Path,
-    name: Annotated[str | None, typer.Option(help="Honest name of the base for the receipt.")] = None,
-    result: Annotated[Path | None, typer.Option(help="Where to put the receipt as JSON.")] = None,
-    superblock_size: int = 4,
-    max_length: int = 96,
-    calibration_examples: int = 24,
-    held_out_examples: int = 8,
-    stage1_steps: int = 8,
-    stage2_steps: int = 4,
+    name: Annotated[str | None, typer.Option(help="Honest name of the base for the result.")] = None,
+    data_name: Annotated[str | None, typer.Option(help="Likewise of the data.")] = None,
+    result: Annotated[Path | None, typer.Option(help="Where to put the figures as JSON.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the base; W_c is trained in float32.")] = "bfloat16",
+    superblock_size: int = 2,
+    rank: Annotated[int | None, typer.Option(help="Rank of the compensation. Default: full.")] = None,
+    ridge: float = 1e-2,
+    max_length: int = 256,
+    calibration_examples: int = 160,
+    held_out_examples: int = 12,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of stage 1.")] = 32,
+    batch_size: int = 4,
+    learning_rate: float = 1e-4,
+    new_tokens: int = 60,
+    seed: int = 0,
 ) -> None:
-    """Run plan, calibration and both stages on Python's own reference manual, and print the receipt."""
+    """Calibrate, train W_c for some steps, and print loss, KV cache and answers before and after."""
+    started = time.perf_counter()
+    set_seed(seed)
+    examples = load_examples(data, seed=seed)
+    model, tokenizer, loaded_name = load_checkpoint(checkpoint, dtype=getattr(torch, dtype))
+    train = tokenize(examples["train"].shuffle(seed=seed), tokenizer, max_length).dataset
+    test = tokenize(examples["test"].select(range(held_out_examples)), tokenizer, max_length).dataset
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        for prompt in asked
+    ]
+    losses, answers = {}, {}
 
-    def load_base():
-        model, tokenizer, loaded_name = load_checkpoint(checkpoint)
-        return model, tokenizer, name or loaded_name
+    def measure(step: str, answering: bool = False) -> None:
+        losses[step] = held_out_loss(model, test, tokenizer.pad_token_id)
+        if answering:
+            answers[step] = [sample_answer(model, tokenizer, ids, max_new_tokens=new_tokens) for ids in prompts]
+        print(f"{step}: held-out loss {losses[step]:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
 
-    arguments = demonstration(
-        output_dir,
-        plan=PlanArguments(superblock_size=superblock_size),
-        max_length=max_length,
-        calibration_examples=calibration_examples,
-        held_out_examples=held_out_examples,
-        stage1_steps=stage1_steps,
-        stage2_steps=stage2_steps,
-        compare_with_base=False,
+    measure("base", answering=True)
+    kv_before = measured_kv_bytes_per_token(model)
+    config = UniAttnConfig(task_type="CAUSAL_LM", superblock_size=superblock_size, r=rank)
+    model = get_peft_model(model, config)
+    kv_after = measured_kv_bytes_per_token(model)
+    measure("unified, no compensation")
+    sample = train.select(range(min(calibration_examples, len(train))))
+    report = calibrate(model, batches(sample, 8, tokenizer.pad_token_id, model.device), ridge=ridge)
+    measure("calibrated")
+    settings = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
+    log = train_stage1(model, tokenizer, train, output_dir, seed=seed, warmup_steps=max(1, steps // 16), **settings)
+    measure("after stage 1", answering=True)
+    model.save_pretrained(output_dir)
+
+    with model.disable_adapter():  # the base itself, as the judge of both answers
+        judged = {
+            step: [surprise(model, tokenizer, prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+            for step, texts in answers.items()
+        }
+    plan = find_adapter(model).plan
+    figures = {
+        "command": " ".join(["python examples/real_checkpoints.py", "CHECKPOINT DATA OUTPUT_DIR", *sys.argv[4:]]),
+        "base_model": name or loaded_name,
+        "data": data_name or data,
+        "superblocks": [list(block) for block in plan.superblocks],
+        "followers": len(plan.followers),
+        "num_layers": plan.num_layers,
+        "kv_bytes_before": kv_before,
+        "kv_bytes_after": kv_after,
+        "losses": losses,
+        "calibration": report.to_dict(),
+        "stage 1": {**settings, "trained_parameters": model.get_nb_trainable_parameters()[0], "log": log},
+        "questions": QUESTIONS,
+        "answers": answers,
+        "nats_per_token_under_the_base": judged,
+        "repeated_three_word_runs": {step: [*map(repetition, texts)] for step, texts in answers.items()},
+        "seconds": time.perf_counter() - started,
+        "environment": environment(),
+    }
+    print(
+        json.dumps({key: figures[key] for key in ("kv_bytes_before", "kv_bytes_after", "losses", "answers")}, indent=2)
     )
-    data = load_examples()
-    run = TwoStageRun(
-        arguments,
-        load_base=load_base,
-        load_examples=partial(tokenized, data, arguments),
-        data_name="Python's reference manual (pydoc_data.topics)",
-        question=data["test"][0]["prompt"][-1]["content"],
-    )
-    receipt = run.run()
-    for row in receipt.rows():
-        print(": ".join(row))
     if result:
-        command = ["python", "examples/real_checkpoints.py", checkpoint.rsplit("/", 1)[-1], *sys.argv[2:]]
-        result.write_text(json.dumps({"command": " ".join(command), **receipt.to_dict()}, indent=2) + "\n")
+        result.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

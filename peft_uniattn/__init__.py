@@ -1,29 +1,47 @@
-"""UniAttn (softmax unification) as a PEFT method. Importing this package registers `UNIATTN` with PEFT."""
-
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import register_peft_method
+"""UniAttn (softmax unification) and its rivals as PEFT methods. Importing this package registers them with PEFT."""
 
 from .calibration import CalibrationReport, calibrate
 from .config import UniAttnConfig
 from .layer import UniAttnLayer
 from .model import UniAttnModel
-from .registration import UNIATTN
+from .registration import CLA, LLMDROP, UNIATTN, register
+from .rivals import (
+    CLAConfig,
+    CLAModel,
+    LLMDropConfig,
+    LLMDropModel,
+    choose_layers_to_drop,
+    half_of,
+    measure_attention_similarity,
+    num_layers_to_drop,
+)
 from .standalone import to_standalone
 from .standalone_modeling import register_auto_classes
 
 __version__ = "0.1.0"
 
-if UNIATTN not in PEFT_TYPE_TO_TUNER_MAPPING:
-    register_peft_method(name="uniattn", config_cls=UniAttnConfig, model_cls=UniAttnModel, prefix="uniattn_")
+register(UNIATTN, UniAttnConfig, UniAttnModel)
+register(CLA, CLAConfig, CLAModel)
+register(LLMDROP, LLMDropConfig, LLMDropModel)
 register_auto_classes()
 
 __all__ = [
+    "CLA",
+    "LLMDROP",
     "UNIATTN",
+    "CLAConfig",
+    "CLAModel",
     "CalibrationReport",
+    "LLMDropConfig",
+    "LLMDropModel",
     "UniAttnConfig",
     "UniAttnLayer",
     "UniAttnModel",
     "__version__",
     "calibrate",
+    "choose_layers_to_drop",
+    "half_of",
+    "measure_attention_similarity",
+    "num_layers_to_drop",
     "to_standalone",
 ]

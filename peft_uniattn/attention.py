@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import cache_values
+from .compensation import ATTENTION_OUTPUT, FFN_OUTPUT, HEADS, Compensation
 from .families import Family, check_back_end
 from .handover import HANDOVER, Handover, LeaderState
 
@@ -19,14 +20,17 @@ from .handover import HANDOVER, Handover, LeaderState
 # copy of this file and the installed package can live in one process.
 LEADER_ATTENTION = f"{__name__}.leader"
 
+# The keywords under which transformers passes the cache to attention modules.
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # since 5.24, before, and in gpt_neox before
+
 # What changes the probabilities and is not in the mask; with any of these a leader leaves s to its own back end.
 _SPECIAL = ("softcap", "s_aux", "position_bias", "cu_seq_lens_k")
 
 
-def intercept_attention(attention: nn.Module) -> bool:
+def intercept_attention(attention: nn.Module, function: str = LEADER_ATTENTION) -> bool:
     """
-    Let `attention` call [`leader_attention`] where it would call its back end; its class and code stay as they are.
-    Returns False if it already did.
+    Let `attention` call a registered attention function where it would call its back end, by default
+    [`leader_attention`]; its class and code stay as they are. Returns False if it already did.
 
     The attention module gets a copy of its configuration that names our function. The model's own configuration keeps
     the real name, from which transformers derives the masks.
@@ -34,7 +38,7 @@ def intercept_attention(attention: nn.Module) -> bool:
     if hasattr(attention.config, "uniattn_original"):
         return False
     config = copy.copy(attention.config)
-    config._attn_implementation_internal = LEADER_ATTENTION
+    config._attn_implementation_internal = function
     config.uniattn_original = attention.config
     attention.config = config
     return True
@@ -81,7 +85,7 @@ def leader_attention(
     """
     handover: Handover | None = kwargs.pop(HANDOVER, None)
     if handover is None:
-        return _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
+        return call_back_end(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("cache") is not None:
         refuse_continuous_batching()
 
@@ -91,10 +95,12 @@ def leader_attention(
         probabilities = decode_probabilities(query, key, attention_mask, kwargs.get("scaling"))
         output = apply_probabilities(probabilities, value)
     else:
-        output, probabilities = _back_end(module)(_AsItWas(module), query, key, value, attention_mask, **kwargs)
+        output, probabilities = call_back_end(module, query, key, value, attention_mask, **kwargs)
     # With autograd, followers recompute s: sharing it would keep (length x length) tensors across checkpointed layers.
-    # In its place flex_attention returns the logarithms of the denominators, of three dimensions.
-    shared = None if grad_enabled or probabilities is None or probabilities.dim() != 4 else probabilities
+    # In its place flex_attention returns the logarithms of the denominators, of three dimensions, and with attention
+    # sinks some models (granite_swa) scale outputs rather than s.
+    is_shared = not grad_enabled and probabilities is not None and probabilities.dim() == 4
+    shared = probabilities if is_shared and kwargs.get("s_aux") is None else None
     handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, shared, grad_enabled))
     return output, probabilities
 
@@ -128,9 +134,10 @@ def follow(
     hidden_states: torch.Tensor,
     handover: Handover | None,
     past_key_values: Any = None,
+    compensation: Compensation | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    A follower's attention without compensation: s_leader · V · W_o (equation 12).
+    A follower's attention: s_leader · V · W_o (equation 12), plus its compensation (equation 14).
 
     Args:
         attention: the follower's own attention module, of which only the value and output projections are used.
@@ -139,28 +146,43 @@ def follow(
         hidden_states: the normalised input of the layer, (batch, length, hidden size).
         handover: of this forward pass.
         past_key_values: the cache, or None.
+        compensation: what to add, and where; None for nothing.
 
     Returns:
         the attention output (batch, length, hidden size) and the shared probabilities, or None where the back end
         does not form them.
     """
+    leader = leader_state(handover, leader_idx)
+    value = family.value_states(attention, hidden_states)
+    adds, addend = None, None
+    if compensation is not None:
+        adds, addend = compensation.design.adds, compensation.linear(compensation.design.source(hidden_states, value))
+    if past_key_values is not None:
+        value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
+    heads, probabilities = _share(value, leader)
+    if adds == HEADS:
+        heads = heads + addend.view_as(heads)
+    output = family.project_output(attention, heads)
+    if adds == ATTENTION_OUTPUT:
+        output = output + addend
+    elif adds == FFN_OUTPUT:
+        handover.defer(attention.layer_idx, addend)
+    return output, probabilities
+
+
+def leader_state(handover: Handover | None, leader_idx: int) -> LeaderState:
+    """What the leader `leader_idx` has handed over; raises RuntimeError if nothing arrived (see [`Handover.take`])."""
     if handover is None:
         raise RuntimeError(
             "a follower was called without its leader's hand-over; call the whole model, and check that no wrapper "
             "drops keyword arguments between the model and its attention layers"
         )
-    leader = handover.take(leader_idx)
-    value = family.value_states(attention, hidden_states)
-    if past_key_values is not None:
-        value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
-    heads, probabilities = _share(value, leader)
-    return family.project_output(attention, heads), probabilities
+    return handover.take(leader_idx)
 
 
 def past_key_values(kwargs: dict[str, Any]) -> Any:
     """The cache among a decoder layer's keyword arguments, under any of the names that transformers uses, or None."""
-    names = ("cache", "past_key_values", "layer_past")  # since 5.24, before, and in gpt_neox before
-    return next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -170,7 +192,14 @@ def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torc
         return apply_probabilities(probabilities, value), probabilities
     mask = leader.mask.to(device) if isinstance(leader.mask, torch.Tensor) else leader.mask
     query, key = leader.query.to(device), leader.key.to(device)
-    return _back_end(leader.attention)(_AsItWas(leader.attention), query, key, value, mask, **leader.kwargs)
+    return call_back_end(leader.attention, query, key, value, mask, **leader.kwargs)
+
+
+def call_back_end(
+    attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `attention` would get from its back end for these tensors, were it not intercepted."""
+    return _back_end(attention)(_AsItWas(attention), query, key, value, mask, **kwargs)
 
 
 def _back_end(attention: nn.Module) -> Callable:

@@ -1,4 +1,4 @@
-"""Value-only storage inside transformers' own caches, and what a cache really holds."""
+"""Layers of transformers' own caches that store values only, or nothing, and what a cache really holds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ from transformers.cache_utils import (
 )
 
 _CACHES = (DynamicCache, StaticCache, QuantizedCache)
+
+
+class LengthOnlyLayer(DynamicLayer):
+    """A dynamic layer that knows its length although the tensors that it stores hold nothing."""
+
+    def get_seq_length(self) -> int:
+        # A layer that has not been updated holds tensors of one dimension.
+        return self.keys.shape[-2] if self.is_initialized and self.keys.dim() == 4 else 0
 
 
 class ValuesOnlyMixin:
@@ -44,6 +52,7 @@ _QUANTIZED = {
     if (layer_class := getattr(cache_utils, name, None))
 }
 _LAYERS = (
+    LengthOnlyLayer,
     *(DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer),
     *_QUANTIZED,
     *_QUANTIZED.values(),
@@ -59,7 +68,7 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: 
     stored.
 
     Args:
-        cache: a dynamic, static or quantized cache, as `generate()` creates it.
+        cache: a dynamic (also offloaded), static or quantized cache, as `generate()` creates it.
         value: (batch, key/value heads, new tokens, head_dim).
         layer_idx: the follower's own layer index.
         leader_idx: its leader's, whose window the follower's layer of the cache takes over.
@@ -70,18 +79,56 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: 
     Raises:
         ValueError: if the cache is of a kind whose handling of value-only layers is not known to be right.
     """
+    _check_supported(cache, layer_idx, value.device)
+    _prepare(cache, layer_idx, leader_idx)
+    values, _ = cache.update(value, value[..., :0], layer_idx)
+    return values
+
+
+def cache_nothing(cache: Cache, hidden_states: torch.Tensor, layer_idx: int) -> None:
+    """
+    Let a layer of `cache` count the tokens of `hidden_states` without storing anything about them.
+
+    Masks and positions may be taken from any layer's length, so a layer that stores nothing has one as well. It holds
+    tensors of width zero, which crop, reorder and repeat like others.
+
+    Args:
+        cache: a dynamic, static or quantized cache, as `generate()` creates it.
+        hidden_states: (batch, new tokens, hidden size).
+        layer_idx: the layer's index.
+
+    Raises:
+        ValueError: if the cache is of a kind whose handling of such layers is not known to be right.
+    """
+    _check_supported(cache, layer_idx, hidden_states.device)
+    _prepare_nothing(cache, layer_idx)
+    nothing = hidden_states[:, None, :, :0]
+    cache.update(nothing, nothing, layer_idx)
+
+
+def _check_supported(cache: Cache, layer_idx: int, device: torch.device) -> None:
     if type(cache) not in _CACHES:
         raise _refuse(cache)
     if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) not in _LAYERS:
         raise _refuse(cache.layers[layer_idx])
     if cache.offloading:
+        _fetch_in_order(cache, device)
+
+
+def _fetch_in_order(cache: Cache, device: torch.device) -> None:
+    """
+    Let an offloaded cache fetch its layers on the stream of everything else.
+
+    transformers fetches the lowest layer for the next token on a stream of its own, and beam search reorders that
+    layer without waiting for it (seen in 5.24). In order, nothing is read too early; what is lost is that a layer is
+    fetched while the one below computes.
+    """
+    if type(cache) is not DynamicCache:
         raise ValueError(
-            "an offloaded cache is not supported with softmax sharing: beam search on one did not always give the "
-            'same tokens; use cache_implementation="dynamic", "static" or "quantized"'
+            "an offloaded static cache is not supported with softmax sharing: decoding on one has crashed the base "
+            'model too; use cache_implementation="offloaded", "static" or "dynamic"'
         )
-    _prepare(cache, layer_idx, leader_idx)
-    values, _ = cache.update(value, value[..., :0], layer_idx)
-    return values
+    cache.prefetch_stream = torch.cuda.default_stream(device)
 
 
 def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
@@ -93,10 +140,7 @@ def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
     has_keys = layer.is_initialized and layer.values.dim() == 4 and layer.values.shape[-1] > 0
     if same_kind and not has_keys:
         return
-    if layer.is_initialized and layer.get_seq_length():
-        raise ValueError(
-            "this cache was filled without softmax sharing, or under another plan; start with an empty one"
-        )
+    _check_empty(layer)
     if same_kind:
         # A static cache that was made in advance has room for keys as well.
         layer.values = layer.values[..., :0].contiguous()
@@ -108,6 +152,27 @@ def _prepare(cache: Cache, layer_idx: int, leader_idx: int) -> None:
             name: getattr(leader, name) for name in ("max_cache_len", "sliding_window") if hasattr(leader, name)
         }
         cache.layers[layer_idx] = type(leader)(**arguments)
+
+
+def _prepare_nothing(cache: Cache, layer_idx: int) -> None:
+    """Make sure that a layer of `cache` counts tokens and stores nothing."""
+    while len(cache.layers) <= layer_idx:  # a cache that was made without a configuration grows as layers run
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    stores = layer.is_initialized and layer.keys.dim() == 4 and layer.keys.shape[-1] > 0
+    if stores:
+        _check_empty(layer)
+        # A static cache that was made in advance has room for keys and values.
+        layer.keys, layer.values = (tensor[:, :1, :, :0].contiguous() for tensor in (layer.keys, layer.values))
+    elif isinstance(layer, DynamicLayer) and not layer.is_sliding and type(layer) is not LengthOnlyLayer:
+        cache.layers[layer_idx] = LengthOnlyLayer()
+
+
+def _check_empty(layer: CacheLayerMixin) -> None:
+    if layer.is_initialized and layer.get_seq_length():
+        raise ValueError(
+            "this cache was filled without softmax sharing, or under another plan; start with an empty one"
+        )
 
 
 def _without_keys(layer: CacheLayerMixin) -> CacheLayerMixin:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from peft.config import PeftConfig
-
-from .plan import Plan, check_superblock_size, check_superblocks, make_plan
+from .compensation import NONE, check_design
 from .registration import UNIATTN
+from .tuner.config import SuperblockConfig
 
 
 @dataclass
-class UniAttnConfig(PeftConfig):
+class UniAttnConfig(SuperblockConfig):
     """
     Configuration of a [`UniAttnModel`].
 
@@ -34,6 +33,11 @@ class UniAttnConfig(PeftConfig):
             mask; `"leader"` lets followers take the mask of a leader with full attention (the paper's Gemma-2 plan).
         r (`int`, *optional*):
             Rank of the compensation. `None` (the default) is the full matrix of hidden size by hidden size.
+        compensation (`str`, defaults to `"attention_output"`):
+            Where the compensation reads and adds (the paper's Table 8): `"attention_output"` reads the normalised
+            input of attention and adds to its output after W_o; `"ffn_output"` reads the same and adds to the output
+            of the decoder layer, after the FFN; `"heads"` reads the same and adds before W_o; `"values_to_heads"`
+            reads the follower's own value states and adds before W_o. `"none"` compensates nothing.
         init_weights (`bool`, defaults to `True`):
             Start with a compensation of zero; `calibrate` replaces it. `False` starts at random, for tests.
         target_modules (`list[str]`, *optional*):
@@ -46,86 +50,29 @@ class UniAttnConfig(PeftConfig):
             Filled in on injection: shape of the base model, so that loading onto another one is refused.
     """
 
-    superblock_size: int = field(
-        default=4, metadata={"help": "Layers per Superblock, 2 or more: one leader, the others followers."}
-    )
-    start_layer: int | None = field(
-        default=None,
-        metadata={"help": "First layer of the lowest Superblock. Default: half of the layers, rounded down."},
-    )
-    end_layer: int | None = field(
-        default=None,
-        metadata={"help": "Where the Superblocks stop, exclusive. Default: the number of layers."},
-    )
-    superblocks: list[list[int]] | None = field(
-        default=None,
-        metadata={
-            "help": "Explicit Superblocks as lists of consecutive layer indices, such as [[16, 17, 18], [20, 21]]. "
-            "Overrides superblock_size, start_layer and end_layer."
-        },
-    )
-    follower_mask: str = field(
-        default="own",
-        metadata={
-            "help": "In models that mix full and sliding-window attention: 'own' shares only between layers with the "
-            "same mask; 'leader' lets followers take the mask of a leader with full attention."
-        },
-    )
     r: int | None = field(
         default=None,
         metadata={"help": "Rank of the compensation W_c. Default: full (hidden size by hidden size)."},
+    )
+    compensation: str = field(
+        default="attention_output",
+        metadata={
+            "help": "Where the compensation reads and adds: 'attention_output', 'ffn_output' or 'heads' (before W_o), "
+            "from the input of attention; 'values_to_heads', from the values; or 'none'."
+        },
     )
     init_weights: bool = field(
         default=True,
         metadata={"help": "Start with a compensation of zero. False starts at random, for tests."},
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Filled in from the plan: the attention modules of leaders and followers. Leave it None."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Other modules to train and save with the adapter, such as ['lm_head']."},
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None,
-        metadata={"help": "Token embeddings to train and save with the adapter."},
-    )
-    base_layout: dict | None = field(
-        default=None,
-        metadata={"help": "Filled in on injection: the base model's shape, so that another base is refused."},
-    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = UNIATTN
-        check_superblock_size(self.superblock_size)
-        if self.follower_mask not in ("own", "leader"):
-            raise ValueError(f"follower_mask={self.follower_mask!r} must be 'own' or 'leader'")
-        for name in ("start_layer", "end_layer"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ValueError(f"{name}={value!r} must be None or a layer index from 0 up")
-        if self.superblocks is not None:
-            check_superblocks(self.superblocks)
-            self.superblocks = [list(block) for block in self.superblocks]
+        check_design(self.compensation)
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise ValueError(f"r={self.r!r} must be None (full compensation) or an integer of 1 or more")
-
-    def make_plan(self, num_layers: int, masks: list[str] | None = None) -> Plan:
-        """
-        The Superblocks that this configuration means for a model.
-
-        Args:
-            num_layers: the model's number of decoder layers.
-            masks: the kind of mask of every layer (`config.layer_types`); None if all are alike.
-        """
-        return make_plan(
-            num_layers,
-            masks=masks,
-            follower_mask=self.follower_mask,
-            superblock_size=self.superblock_size,
-            start_layer=self.start_layer,
-            end_layer=self.end_layer,
-            superblocks=self.superblocks,
-        )
+        if self.r is not None and self.compensation == NONE:
+            raise ValueError(
+                f"r={self.r} is the rank of a compensation, but compensation='none'; leave one of them out"
+            )

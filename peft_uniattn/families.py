@@ -10,9 +10,10 @@ from torch import nn
 BACK_ENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2")
 
 # What an attention module needs for its queries and keys only; a follower has no use for it.
+_KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm")
 _QUERY_AND_KEY = (
     *("q_proj", "k_proj"),
-    *("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "qk_norm"),
+    *("q_norm", "q_layernorm", "query_layernorm", *_KEY_NORMS, "qk_norm"),
 )
 
 
@@ -25,6 +26,7 @@ class Family:
         layers: name of the list of decoder layers inside the backbone.
         attention: name of the attention module inside a decoder layer.
         value: name of the value projection inside the attention module, or of the projection it is fused into.
+        key: likewise of the key projection, where it is one of its own.
         output: name of the output projection inside the attention module.
         fused: how the rows of V lie in a fused projection: "blocks" (all of Q, all of K, all of V) or "heads" (Q, K
             and V of each head in turn); None where `value` is a projection of its own.
@@ -33,6 +35,7 @@ class Family:
     layers: str = "layers"
     attention: str = "self_attn"
     value: str = "v_proj"
+    key: str = "k_proj"
     output: str = "o_proj"
     fused: str | None = None
 
@@ -49,6 +52,21 @@ class Family:
             return slice(width - attention.num_key_value_heads * head_dim, width)
         # On the weight's device: this runs in every forward, and indices from elsewhere would be copied each time.
         return torch.arange(width, device=projection.weight.device).view(-1, 3, head_dim)[:, 2].flatten()
+
+    def value_width(self, attention: nn.Module) -> int:
+        """How many coordinates the value states of a token have, all heads together."""
+        projection = getattr(attention, self.value)
+        if self.fused == "blocks":
+            return attention.num_key_value_heads * self.head_dim(attention)
+        return projection.out_features if self.fused is None else projection.out_features // 3
+
+    def query_rows(self, attention: nn.Module) -> torch.Tensor:
+        """Which output rows of a fused projection are Q."""
+        projection, head_dim = getattr(attention, self.value), self.head_dim(attention)
+        rows = torch.arange(projection.out_features, device=projection.weight.device)
+        if self.fused == "blocks":
+            return rows[: getattr(attention, self.output).in_features]
+        return rows.view(-1, 3, head_dim)[:, 0].flatten()
 
     def value_states(self, attention: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         """V of shape (batch, key/value heads, length, head_dim) from hidden states (batch, length, hidden size)."""
@@ -71,9 +89,27 @@ class Family:
         output = getattr(attention, self.output)(heads.flatten(2))
         return nn.functional.dropout(output, getattr(attention, "residual_dropout", 0.0), attention.training)
 
+    def output_matrix(self, attention: nn.Module) -> torch.Tensor:
+        """W_o of shape (coordinates of all heads, hidden size), as in heads · W_o, in float64."""
+        projection = getattr(attention, self.output)
+        if projection.weight.is_floating_point():
+            return projection.weight.T.double()
+        # Quantized weights show themselves only by what they do.
+        identity = torch.eye(projection.in_features, device=projection.weight.device)
+        return (projection(identity) - projection(torch.zeros_like(identity[:1]))).double()
+
     def separate(self) -> Family:
         """The same family once a follower's V has a projection of its own, `v_proj`."""
         return self if self.fused is None else replace(self, value="v_proj", fused=None)
+
+    def unused_by_borrower(self, attention: nn.Module) -> tuple[str, ...]:
+        """The submodules of `attention` that a follower has no use for if it takes keys and values from its leader."""
+        projections = (self.key, self.value) if self.fused is None else (self.value,)
+        return (*projections, *self.key_norms(attention))
+
+    def key_norms(self, attention: nn.Module) -> tuple[str, ...]:
+        """The submodules of `attention` that only its keys pass."""
+        return tuple(name for name in _KEY_NORMS if isinstance(getattr(attention, name, None), nn.Module))
 
     def unused(self, attention: nn.Module) -> tuple[str, ...]:
         """The submodules of `attention` that a follower has no use for."""
@@ -91,10 +127,11 @@ FAMILIES: dict[str, Family] = {
             *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "dots1", "jais2"),
             *("gemma", "gemma2", "gemma3_text", "vaultgemma", "gpt_oss", "llama4_text"),
             *("olmo", "olmo2", "olmo3", "olmoe", "flex_olmo", "cohere", "cohere2", "phimoe", "helium"),
-            *("granite", "granitemoe", "granitemoeshared", "starcoder2", "glm", "glm4", "glm4_moe", "exaone4"),
+            *("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "starcoder2"),
+            *("glm", "glm4", "glm4_moe", "exaone4"),
             *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "ernie4_5", "ernie4_5_moe", "cohere2_moe", "cwm"),
             *("exaone_moe", "flint", "hyperclovax", "kolibri1", "mellum", "minimax_m2"),
-            *("solar_open", "aria_text"),
+            *("solar_open", "aria_text", "apertus1p5_text"),
         ),
         _SEPARATE,
     ),
@@ -107,24 +144,45 @@ FAMILIES: dict[str, Family] = {
 }
 
 _MLA = "it keeps compressed latents instead of keys and values (multi-head latent attention)"
-_HYBRID = "some of its layers are recurrent or linear attention, which has no softmax to share"
+_HYBRID = "some of its layers are recurrent, convolutions or linear attention, which have no softmax to share"
 _SHARES = "its layers already share keys and values"
+_INDEX = (
+    "every layer chooses by an index of its own which keys a query sees, so a leader's softmax is not a follower's"
+)
 _DROPS = "its decoder layers drop the keyword arguments by which a leader reaches its followers"
 _OLD = "its attention does not go through transformers' attention interface"
-_OTHER_VALUE = "its attention treats values or outputs in a way of its own"
+_OTHER_VALUE = "its attention treats inputs, values or outputs in a way of its own"
+_LOOPS = "it runs its layers several times in one forward pass, so a layer has no one leader"
+_BORROWED = (
+    "it borrows another architecture's classes, so a standalone model could not be loaded by its own model_type"
+)
+_ENCODER = "it is an encoder with a causal mask; its layers are not laid out as a decoder's"
+_HALF = "it is the decoder of an encoder-decoder, with attention across to an encoder"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "glm_moe_dsa"), _MLA),
-    "glm4_moe_lite": _MLA,
+    **dict.fromkeys(("glm4_moe_lite", "axk1", "axk2", "youtu", "sarvam_mla", "hy_v4", "dots3_note_text"), _MLA),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "zamba", "zamba2", "falcon_h1", "lfm2"), _HYBRID),
     **dict.fromkeys(("mamba", "mamba2", "rwkv", "recurrent_gemma", "granitemoehybrid", "minimax"), _HYBRID),
-    **dict.fromkeys(
-        ("nemotron_h", "falcon_mamba", "olmo_hybrid", "kimi_linear", "qwen3_5_moe_text", "xlstm"), _HYBRID
-    ),
-    **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARES),
+    **dict.fromkeys(("nemotron_h", "falcon_mamba", "olmo_hybrid", "kimi_linear", "qwen3_5_moe_text"), _HYBRID),
+    **dict.fromkeys(("xlstm", "bailing_hybrid", "lara_mini", "lfm2_moe", "lfm3", "qwen4_exp_text"), _HYBRID),
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _SHARES),
+    **dict.fromkeys(("minimax_m3_vl_text",), _INDEX),
     **dict.fromkeys(("stablelm", "nemotron"), _DROPS),
     **dict.fromkeys(("gptj", "gpt_neo", "bloom", "falcon", "mpt", "codegen", "xglm", "gpt_neox_japanese"), _OLD),
+    **dict.fromkeys(("cpmant", "openai-gpt"), _OLD),
     **dict.fromkeys(("diffllama", "doge", "bitnet", "afmoe", "laguna", "gpt2", "gpt_bigcode"), _OTHER_VALUE),
+    **dict.fromkeys(("beam", "dbrx", "jetmoe", "mimo_v2_flash", "inkling_text", "inkling2_text"), _OTHER_VALUE),
+    **dict.fromkeys(("ctrl", "deepseek_v4", "zaya"), _OTHER_VALUE),
+    **dict.fromkeys(("dory", "hrm_text", "inkling2_loop_text"), _LOOPS),
+    **dict.fromkeys(("internlm3", "iquestcoder", "exaone", "sarvam_moe"), _BORROWED),
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _ENCODER),
+    **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta"), _ENCODER),
+    **dict.fromkeys(
+        ("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl"), _ENCODER
+    ),
+    **dict.fromkeys(("xlnet", "xmod", "reformer"), _ENCODER),
+    **dict.fromkeys(("trocr", "musicgen_decoder", "musicgen_melody_decoder", "mllama_text_model"), _HALF),
 }
 
 
@@ -170,6 +228,17 @@ class Decoder:
     def attention(self, layer_idx: int) -> nn.Module:
         """The attention module of decoder layer `layer_idx`, as it is now: bare or wrapped."""
         return getattr(self.layers[layer_idx], self.family.attention)
+
+    def normalises_attention(self, layer_idx: int) -> bool:
+        """Whether a norm stands between the attention output and the residual stream (Gemma-2, OLMo-2, GLM-4)."""
+        layer = self.layers[layer_idx]
+        after_both = hasattr(layer, "post_attention_layernorm") and hasattr(layer, "post_feedforward_layernorm")
+        other = getattr(layer, "post_self_attn_layernorm", None) or getattr(layer, "post_norm1", None)
+        return after_both or (other is not None and not isinstance(other, nn.Identity))
+
+    def residual_multiplier(self, layer_idx: int) -> float:
+        """By what the attention output is multiplied before it is added to the residual stream (Granite); else 1."""
+        return getattr(self.layers[layer_idx], "residual_multiplier", 1.0)
 
     def attention_name(self, layer_idx: int) -> str:
         return f"{self.prefix}.{layer_idx}.{self.family.attention}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class LeaderState:
         probabilities: s, of shape (batch, query heads, query length, key length), where the leader computed it;
             None where the back end never forms it.
         grad_enabled: whether autograd was recording when the leader ran.
+        value: (batch, key/value heads, key length, head_dim), after the cache, where followers share it as well.
     """
 
     attention: nn.Module
@@ -35,6 +37,7 @@ class LeaderState:
     kwargs: dict[str, Any]
     probabilities: torch.Tensor | None
     grad_enabled: bool
+    value: torch.Tensor | None = None
 
 
 class Handover:
@@ -47,6 +50,7 @@ class Handover:
 
     def __init__(self) -> None:
         self._states: dict[int, LeaderState] = {}
+        self._deferred: dict[int, torch.Tensor] = {}
 
     def give(self, layer_idx: int, state: LeaderState) -> None:
         """Record the state of the leader `layer_idx`."""
@@ -77,6 +81,14 @@ class Handover:
             )
         return state
 
+    def defer(self, layer_idx: int, addend: torch.Tensor) -> None:
+        """Leave `addend` for the end of the decoder layer `layer_idx`, see [`install_deferral`]."""
+        self._deferred[layer_idx] = addend
+
+    def claim(self, layer_idx: int) -> torch.Tensor | None:
+        """What was left for the end of the decoder layer `layer_idx`; nothing the second time."""
+        return self._deferred.pop(layer_idx, None)
+
     def to(self, *args: Any, **kwargs: Any) -> Handover:
         """Stay as it is: accelerate moves every argument of a layer, followers move what they need themselves."""
         return self
@@ -102,3 +114,30 @@ def remove_handover(backbone: nn.Module) -> None:
     for hook_id in [key for key, hook in backbone._forward_pre_hooks.items() if hook is _start_handover]:
         del backbone._forward_pre_hooks[hook_id]
         del backbone._forward_pre_hooks_with_kwargs[hook_id]
+
+
+def _add_deferred(layer_idx: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    handover: Handover | None = kwargs.get(HANDOVER)
+    addend = None if handover is None else handover.claim(layer_idx)
+    if addend is None:
+        return output
+    if isinstance(output, tuple):
+        return output[0] + addend.to(output[0].device), *output[1:]
+    return output + addend.to(output.device)
+
+
+def install_deferral(layer: nn.Module, layer_idx: int) -> None:
+    """Let the decoder layer `layer` add to its output what its attention has deferred, if anything."""
+    remove_deferral(layer)
+    layer.register_forward_hook(partial(_add_deferred, layer_idx), with_kwargs=True)
+
+
+def remove_deferral(layer: nn.Module) -> None:
+    """Undo [`install_deferral`]; without effect where there is none."""
+    for hook_id in [key for key, hook in layer._forward_hooks.items() if _is_deferral(hook)]:
+        del layer._forward_hooks[hook_id]
+        del layer._forward_hooks_with_kwargs[hook_id]
+
+
+def _is_deferral(hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func is _add_deferred

@@ -1,4 +1,4 @@
-"""Find out what UniAttn did to a model."""
+"""Find out what an adapter did to a model."""
 
 from __future__ import annotations
 
@@ -8,32 +8,45 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .layer import UniAttnLayer
-from .plan import Plan
+from .plan import DROPPED, Plan
+from .tuner.layer import AttentionTunerLayer
 
 
 @dataclass(frozen=True)
 class Adapter:
     """
-    One UniAttn adapter inside a model.
+    One adapter of this package inside a model.
 
     Attributes:
         name: the adapter's name.
         base: the transformers model that it is in.
-        plan: its Superblocks.
+        plan: which layers it concerns, and how.
         layers: the wrapped attention modules by layer index.
     """
 
     name: str
     base: PreTrainedModel
     plan: Plan
-    layers: dict[int, UniAttnLayer]
+    layers: dict[int, AttentionTunerLayer]
 
     @property
     def rank(self) -> int | None:
-        """Rank of the compensation; None if it is full."""
-        factor = self.layers[self.plan.followers[0]].uniattn_A
-        return factor[self.name].out_features if self.name in factor else None
+        """Rank of the compensation; None if it is full, or if there is none."""
+        return self._changed.compensation_rank(self.name)
+
+    @property
+    def compensation(self) -> str:
+        """Where the compensation reads and adds, as in [`UniAttnConfig`]; "none" if there is none."""
+        return self._changed.compensation_design(self.name)
+
+    @property
+    def method(self) -> str:
+        """The name of the method: UniAttn, CLA or LLMDrop."""
+        return self._changed.method
+
+    @property
+    def _changed(self) -> AttentionTunerLayer:
+        return self.layers[[*self.plan.followers, *self.plan.dropped][0]]
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -51,14 +64,14 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def uniattn_layers(model: nn.Module) -> list[UniAttnLayer]:
-    """All attention modules of `model` that UniAttn has wrapped, bottom to top."""
-    return [module for module in model.modules() if isinstance(module, UniAttnLayer)]
+def uniattn_layers(model: nn.Module) -> list[AttentionTunerLayer]:
+    """All attention modules of `model` that an adapter of this package has wrapped, bottom to top."""
+    return [module for module in model.modules() if isinstance(module, AttentionTunerLayer)]
 
 
 def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     """
-    Describe a UniAttn adapter of `model`.
+    Describe an adapter of this package in `model`: UniAttn or one of its rivals.
 
     Args:
         model: a `PeftModel`, or a transformers model with an adapter added by `add_adapter` or `load_adapter`.
@@ -86,5 +99,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> Adapter:
     for index, layer in layers.items():
         if (leader := layer.uniattn_leader[adapter_name]) is not None:
             blocks.setdefault(leader, []).append(index)
+    dropped = tuple(blocks.pop(DROPPED, ()))
     num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
-    return Adapter(adapter_name, base, Plan(tuple(map(tuple, blocks.values())), num_layers), layers)
+    plan = Plan(tuple(map(tuple, blocks.values())), num_layers, first.shared, dropped)
+    return Adapter(adapter_name, base, plan, layers)

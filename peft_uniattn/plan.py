@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# In place of a leader's layer index: the layer's attention is bypassed.
+DROPPED = -1
+
+SOFTMAX = "softmax"
+KEYS_AND_VALUES = "keys_and_values"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -14,10 +20,14 @@ class Plan:
     Attributes:
         superblocks: one tuple of consecutive layer indices per Superblock, lowest (the leader) first.
         num_layers: the number of decoder layers of the model.
+        shared: what followers take from their leader, "softmax" (UniAttn) or "keys_and_values" (CLA).
+        dropped: layers without attention (LLMDrop).
     """
 
     superblocks: tuple[tuple[int, ...], ...]
     num_layers: int
+    shared: str = SOFTMAX
+    dropped: tuple[int, ...] = ()
 
     @property
     def leader_of(self) -> dict[int, int]:
@@ -33,12 +43,22 @@ class Plan:
         return [layer for block in self.superblocks for layer in block[1:]]
 
     @property
+    def role_of(self) -> dict[int, int]:
+        """Maps every layer that the plan concerns to its leader, a dropped layer to `DROPPED`."""
+        return {**self.leader_of, **dict.fromkeys(self.dropped, DROPPED)}
+
+    @property
     def kv_retain_rate(self) -> float:
-        """Share of the KV cache that is left (0 to 1): a follower stores V, but no K."""
-        return 1 - len(self.followers) / self.num_layers / 2
+        """
+        Share of the KV cache that is left (0 to 1): sharing softmax, a follower stores V, but no K; sharing keys and
+        values, neither; a dropped layer stores nothing.
+        """
+        saved = len(self.followers) / (2 if self.shared == SOFTMAX else 1)
+        return 1 - (saved + len(self.dropped)) / self.num_layers
 
     def __str__(self) -> str:
-        return " ".join(f"[{block[0]}-{block[-1]}]" for block in self.superblocks)
+        dropped = [f"without attention: {', '.join(map(str, self.dropped))}"] if self.dropped else []
+        return " ".join([*(f"[{block[0]}-{block[-1]}]" for block in self.superblocks), *dropped])
 
 
 def make_plan(
@@ -112,6 +132,35 @@ def make_plan(
             "of a leader with full attention"
         )
     return Plan(tuple(blocks), num_layers)
+
+
+def make_dropped_plan(num_layers: int, layers: Sequence[int]) -> Plan:
+    """
+    The plan that drops the attention of `layers`.
+
+    Raises:
+        ValueError: if the model lacks one of them, or would be left without attention.
+    """
+    check_dropped(layers)
+    if max(layers) >= num_layers:
+        raise ValueError(
+            f"layers={list(layers)} names layer {max(layers)}, but the model has {num_layers} decoder layers (0 to "
+            f"{num_layers - 1}); leave that layer out"
+        )
+    if len(layers) == num_layers:
+        raise ValueError(f"layers={list(layers)} drops the attention of every layer; keep one at least")
+    return Plan((), num_layers, dropped=tuple(sorted(layers)))
+
+
+def check_dropped(layers: Sequence[int]) -> None:
+    """Raise ValueError unless `layers` holds different layer indices, one at least."""
+    if not isinstance(layers, (list, tuple)) or not layers or not all(_is_index(i) and i >= 0 for i in layers):
+        raise ValueError(
+            f"layers={layers!r} must be a non-empty list of layer indices from 0 up, such as those that "
+            "choose_layers_to_drop() returns"
+        )
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers={list(layers)} names a layer twice; leave it in once")
 
 
 def check_masks(plan: Plan, masks: Sequence[str] | None, follower_mask: str) -> None:

@@ -1,7 +1,11 @@
-"""Adds UNIATTN to PEFT's method types: PEFT's own registration function takes no name it does not know."""
+"""Adds our methods to PEFT's method types: PEFT's own registration function takes no name it does not know."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
 
@@ -29,3 +33,13 @@ def peft_type(name: str) -> PeftType:
 
 
 UNIATTN = peft_type("UNIATTN")
+CLA = peft_type("CLA")
+LLMDROP = peft_type("LLMDROP")
+
+
+def register(member: PeftType, config_cls: type, model_cls: Any) -> None:
+    """Tell PEFT about a method, unless it knows it."""
+    if member not in PEFT_TYPE_TO_TUNER_MAPPING:
+        register_peft_method(
+            name=member.value.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
+        )

@@ -10,9 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .compensation import NONE
 from .inspection import Adapter, find_adapter
+from .plan import SOFTMAX, Plan
 from .quantized import dequantized
 from .standalone_modeling import standalone_class, standalone_config_class
+from .tuner.layer import AttentionTunerLayer
 
 
 def to_standalone(
@@ -23,10 +26,11 @@ def to_standalone(
     check_finite: bool = False,
 ) -> PreTrainedModel:
     """
-    Make a model with a UniAttn adapter into an ordinary `PreTrainedModel` with a `model_type` of its own.
+    Make a model with an adapter of this package into an ordinary `PreTrainedModel` with a `model_type` of its own.
 
     W_c becomes an ordinary weight in the data type of the base, and the followers' query and key projections are
-    gone. The result saves, loads (`AutoModelForCausalLM.from_pretrained` once `peft_uniattn` is imported, or with
+    gone; with CLA their key and value projections are, with LLMDrop all weights of dropped attention. The result
+    saves, loads (`AutoModelForCausalLM.from_pretrained` once `peft_uniattn` is imported, or with
     `trust_remote_code=True` where it is not installed), trains fully, and takes LoRA. A base that bitsandbytes has
     quantized is de-quantized, in a copy.
 
@@ -87,9 +91,12 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
     del fields["model_type"]
     fields.pop("quantization_config", None)
     fields.update(
-        superblocks=[list(block) for block in adapter.plan.superblocks],
-        follower_mask=base.peft_config[adapter.name].follower_mask,
+        superblocks=[list(block) for block in adapter.plan.superblocks] or None,
+        follower_mask=getattr(base.peft_config[adapter.name], "follower_mask", "own"),
+        compensation=adapter.compensation if adapter.method == "UniAttn" else "attention_output",
         compensation_rank=adapter.rank,
+        shared=adapter.plan.shared,
+        dropped_layers=list(adapter.plan.dropped) or None,
         tie_word_embeddings=tied,
     )
     config = standalone_config_class(type(base.config)).from_dict(fields)
@@ -101,26 +108,54 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
 def _standalone_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The standalone model's weights by name, sharing memory with the adapted model's."""
     names = {module: name for name, module in adapter.base.named_modules()}
-    followers = [adapter.layers[index] for index in adapter.plan.followers]
+    layers = {names[adapter.layers[index]]: adapter.layers[index] for index in adapter.plan.role_of}
     unused = tuple(
-        f"{names[layer]}.base_layer.{part}." for layer in followers for part in layer.family.unused(layer.base_layer)
+        f"{name}.base_layer.{part}"
+        for name, layer in layers.items()
+        if layer.layer_idx not in adapter.plan.leaders
+        for part in _unused(adapter.plan, layer)
     )
     state = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in _plain_state(adapter).items()
         if ".uniattn_" not in name and not name.startswith(unused)
     }
-    for layer in followers:
-        value = getattr(layer.base_layer, layer.family.value)
-        if layer.family.fused is not None:
-            rows = layer.family.value_rows(layer.base_layer)
-            state.update({f"{names[layer]}.v_proj.{key}": tensor[rows] for key, tensor in value.state_dict().items()})
-        dtype = value.weight.dtype
-        for container, key in (("W", "compensation"), ("A", "compensation_A"), ("B", "compensation_B")):
-            linears = getattr(layer, f"uniattn_{container}")
-            if adapter.name in linears:
-                state[f"{names[layer]}.{key}.weight"] = linears[adapter.name].weight.detach().to(dtype)
+    for name, layer in layers.items():
+        if layer.layer_idx in adapter.plan.followers:
+            state.update({f"{name}.{key}": tensor for key, tensor in _separated(adapter.plan, layer).items()})
+            state.update({f"{name}.{key}": tensor for key, tensor in _compensation(adapter.name, layer).items()})
     return state
+
+
+def _unused(plan: Plan, layer: AttentionTunerLayer) -> list[str]:
+    """How the names of those weights begin that the attention module of a changed layer has no use for."""
+    if layer.layer_idx in plan.dropped:
+        return [""]
+    find = layer.family.unused if plan.shared == SOFTMAX else layer.family.unused_by_borrower
+    return [f"{part}." for part in find(layer.base_layer)]
+
+
+def _separated(plan: Plan, layer: AttentionTunerLayer) -> dict[str, torch.Tensor]:
+    """What a follower needs of a projection into which Q, K and V are fused, as a projection of its own."""
+    family = layer.family
+    if family.fused is None:
+        return {}
+    name, rows = ("v_proj", family.value_rows) if plan.shared == SOFTMAX else ("q_proj", family.query_rows)
+    fused = getattr(layer.base_layer, family.value).state_dict()
+    return {f"{name}.{key}": tensor[rows(layer.base_layer)] for key, tensor in fused.items()}
+
+
+def _compensation(adapter_name: str, layer: AttentionTunerLayer) -> dict[str, torch.Tensor]:
+    """W_c or its factors in the data type of the base."""
+    if layer.compensation_design(adapter_name) == NONE:
+        return {}
+    dtype = getattr(layer.base_layer, layer.family.value).weight.dtype
+    containers = (("W", "compensation"), ("A", "compensation_A"), ("B", "compensation_B"))
+    return {
+        f"{key}.weight": linears[adapter_name].weight.detach().to(dtype)
+        for container, key in containers
+        if adapter_name in (linears := getattr(layer, f"uniattn_{container}"))
+    }
 
 
 def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:

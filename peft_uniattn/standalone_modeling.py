@@ -1,5 +1,6 @@
 """
-Models whose followers share softmax by themselves: ordinary transformers models, with no adapter around.
+Models whose layers share softmax, share keys and values, or go without attention by themselves: ordinary transformers
+models, with no adapter around.
 
 `UniAttn<Class>` (for instance `UniAttnLlamaForCausalLM`) exists for every supported transformers class and is made on
 demand. This file and those it imports depend on torch and transformers only: `save_pretrained` copies them next to
@@ -8,6 +9,7 @@ the weights, so that `trust_remote_code=True` loads a checkpoint where this pack
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,9 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import follow, intercept_attention, past_key_values, refuse_continuous_batching
-from .families import FAMILIES, Family, check_back_end, find_decoder
-from .handover import HANDOVER, install_handover
-from .plan import make_plan
+from .compensation import DESIGNS, FFN_OUTPUT, NONE, Compensation, check_design
+from .families import FAMILIES, Decoder, Family, check_back_end, find_decoder
+from .handover import HANDOVER, install_deferral, install_handover
+from .kv_sharing import KV_ATTENTION, follow_keys_and_values, forget_keys_and_values
+from .plan import DROPPED, KEYS_AND_VALUES, SOFTMAX, Plan, make_dropped_plan, make_plan
+from .skipping import NoAttention
 
 PREFIX = "UniAttn"
 MODEL_TYPE_PREFIX = "uniattn_"
@@ -36,7 +41,10 @@ class ZeroLinear(nn.Linear):
 class FollowerMixin:
     """Turns an attention module into a follower, keeping its class as a base for whoever looks for instances."""
 
-    def become_follower(self, leader_idx: int, family: Family, hidden_size: int, rank: int | None) -> None:
+    def become_follower(
+        self, leader_idx: int, family: Family, hidden_size: int, rank: int | None, design: str
+    ) -> None:
+        inputs, outputs = (0, 0) if design == NONE else DESIGNS[design].sizes(self, family, hidden_size)
         value = getattr(self, family.value)
         like = {"device": value.weight.device, "dtype": value.weight.dtype}
         if family.fused is not None:
@@ -46,68 +54,87 @@ class FollowerMixin:
             delattr(self, name)
         self.uniattn_family = family.separate()
         self.uniattn_leader = leader_idx
+        self.uniattn_design = design
         like["bias"] = False
+        if design == NONE:
+            return
         if rank is None:
-            self.compensation = ZeroLinear(hidden_size, hidden_size, **like)
+            self.compensation = ZeroLinear(inputs, outputs, **like)
         else:
-            self.compensation_A = nn.Linear(hidden_size, rank, **like)
-            self.compensation_B = ZeroLinear(rank, hidden_size, **like)
+            self.compensation_A = nn.Linear(inputs, rank, **like)
+            self.compensation_B = ZeroLinear(rank, outputs, **like)
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output, probabilities = follow(
+        design = DESIGNS.get(self.uniattn_design)
+        return follow(
             self,
             self.uniattn_family,
             self.uniattn_leader,
             hidden_states,
             kwargs.get(HANDOVER),
             past_key_values(kwargs),
+            None if design is None else Compensation(design, self._compensate),
         )
+
+    def _compensate(self, source: torch.Tensor) -> torch.Tensor:
         if hasattr(self, "compensation"):
-            compensation = self.compensation(hidden_states)
-        else:
-            compensation = self.compensation_B(self.compensation_A(hidden_states))
-        return output + compensation, probabilities
+            return self.compensation(source)
+        return self.compensation_B(self.compensation_A(source))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made on demand, so pickle could not find it by name.
-        return _empty_follower, (type(self).uniattn_original_class,), self.__dict__
+        return _empty_follower, (FollowerMixin, type(self).uniattn_original_class), self.__dict__
+
+
+class BorrowerMixin:
+    """Turns an attention module into a follower that takes keys and values from its leader (CLA)."""
+
+    def become_borrower(self, leader_idx: int, family: Family) -> None:
+        forget_keys_and_values(self, family)
+        self.uniattn_leader = leader_idx
+        intercept_attention(self, KV_ATTENTION)
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return follow_keys_and_values(
+            super().forward, self.layer_idx, self.uniattn_leader, (hidden_states, *args), kwargs
+        )
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _empty_follower, (BorrowerMixin, type(self).uniattn_original_class), self.__dict__
 
 
 @cache
-def follower_class(attention_class: type[nn.Module]) -> type[nn.Module]:
+def follower_class(mixin: type, attention_class: type[nn.Module]) -> type[nn.Module]:
     """The follower version of a transformers attention class."""
     members = {"uniattn_original_class": attention_class, "__module__": __name__}
-    return type(f"{PREFIX}{attention_class.__name__}", (FollowerMixin, attention_class), members)
+    return type(f"{PREFIX}{attention_class.__name__}", (mixin, attention_class), members)
 
 
-def _empty_follower(attention_class: type[nn.Module]) -> nn.Module:
-    cls = follower_class(attention_class)
+def _empty_follower(mixin: type, attention_class: type[nn.Module]) -> nn.Module:
+    cls = follower_class(mixin, attention_class)
     return cls.__new__(cls)
 
 
 class UniAttnModelMixin:
-    """Builds the Superblocks of `config.superblocks` into a transformers model."""
+    """Builds the plan of its configuration into a transformers model."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        plan = make_plan(
-            config.num_hidden_layers,
-            superblocks=config.superblocks,
-            masks=getattr(config, "layer_types", None),
-            follower_mask=config.follower_mask,
-        )
+        plan = standalone_plan(config)
         super().__init__(config, *args, **kwargs)
         check_back_end(self.config._attn_implementation)
         family = FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
         decoder = find_decoder(self, family)
-        for layer, leader in plan.leader_of.items():
-            attention = decoder.attention(layer)
-            if layer == leader:
-                intercept_attention(attention)
-                continue
-            attention.__class__ = follower_class(type(attention))
-            attention.become_follower(leader, family, config.hidden_size, config.compensation_rank)
+        for layer, leader in plan.role_of.items():
+            if leader == DROPPED:
+                setattr(decoder.layers[layer], family.attention, NoAttention(layer))
+            elif plan.shared == KEYS_AND_VALUES:
+                _share_keys_and_values(decoder.attention(layer), leader, family)
+            else:
+                _share_softmax(decoder, layer, leader, config)
         install_handover(decoder.backbone)
 
     # generate_batch() and generate(cache_implementation="paged") begin with it.
@@ -122,21 +149,73 @@ class UniAttnModelMixin:
         super().initialize_weights()
 
 
+def _share_softmax(decoder: Decoder, layer: int, leader: int, config: PretrainedConfig) -> None:
+    attention, family = decoder.attention(layer), decoder.family
+    if layer == leader:
+        intercept_attention(attention)
+        return
+    attention.__class__ = follower_class(FollowerMixin, type(attention))
+    attention.become_follower(leader, family, config.hidden_size, config.compensation_rank, config.compensation)
+    if config.compensation != NONE and DESIGNS[config.compensation].adds == FFN_OUTPUT:
+        install_deferral(decoder.layers[layer], layer)
+
+
+def _share_keys_and_values(attention: nn.Module, leader: int, family: Family) -> None:
+    if attention.layer_idx == leader:
+        intercept_attention(attention, KV_ATTENTION)
+        return
+    attention.__class__ = follower_class(BorrowerMixin, type(attention))
+    attention.become_borrower(leader, family)
+
+
+def standalone_plan(config: PretrainedConfig) -> Plan:
+    """
+    The plan that the configuration of a standalone model names.
+
+    Raises:
+        ValueError: if it does not fit the model, or is none.
+    """
+    check_design(config.compensation)
+    if config.shared not in (SOFTMAX, KEYS_AND_VALUES):
+        raise ValueError(f"shared={config.shared!r} must be {SOFTMAX!r} or {KEYS_AND_VALUES!r}")
+    if config.dropped_layers:
+        return make_dropped_plan(config.num_hidden_layers, config.dropped_layers)
+    plan = make_plan(
+        config.num_hidden_layers,
+        superblocks=config.superblocks,
+        masks=getattr(config, "layer_types", None),
+        follower_mask=config.follower_mask,
+    )
+    return replace(plan, shared=config.shared)
+
+
 @cache
 def standalone_config_class(config_class: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """
     The configuration class of the standalone models whose base is configured by `config_class`.
 
     Adds the fields `superblocks` (lists of consecutive layer indices, the leader first), `follower_mask` (see
-    [`make_plan`]) and `compensation_rank` (of W_c; None for the full matrix).
+    [`make_plan`]), `compensation` (its design, a key of DESIGNS or "none"), `compensation_rank` (of W_c; None for the
+    full matrix), `shared` ("softmax", or "keys_and_values" for CLA) and `dropped_layers` (those without attention;
+    there are no Superblocks then).
     """
     # Configurations are dataclasses, so new fields have to be annotated.
-    fields = {"superblocks": list[list[int]] | None, "follower_mask": str, "compensation_rank": int | None}
+    fields = {
+        "superblocks": list[list[int]] | None,
+        "follower_mask": str,
+        "compensation": str,
+        "compensation_rank": int | None,
+        "shared": str,
+        "dropped_layers": list[int] | None,
+    }
     members = {
         "__annotations__": fields,
         "superblocks": None,
         "follower_mask": "own",
+        "compensation": "attention_output",
         "compensation_rank": None,
+        "shared": SOFTMAX,
+        "dropped_layers": None,
         "model_type": MODEL_TYPE_PREFIX + config_class.model_type,
         "__module__": __name__,
         "_auto_class": "AutoConfig",

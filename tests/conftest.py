@@ -21,10 +21,24 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from peft_uniattn import UniAttnConfig
 
 torch.set_num_threads(1)
+
+
+def _takes_adapters() -> bool:
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError:
+        return False
+    return True
+
+
+transformers_adapters = pytest.mark.skipif(
+    not _takes_adapters(), reason="this transformers refuses the installed PEFT in add_adapter() and load_adapter()"
+)
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),

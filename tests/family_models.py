@@ -57,6 +57,7 @@ SPECIAL = {
     "vaultgemma": SOFTCAP,
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8},
     **dict.fromkeys(("cohere2_moe", "cwm", "exaone_moe", "flint", "kolibri1"), SLIDING),
+    **dict.fromkeys(("granite_swa", "granitemoe_swa"), SLIDING),
     **dict.fromkeys(("gpt_oss", "cohere2", "olmo3", "exaone4", "mistral", "ministral", "starcoder2", "phi3"), SLIDING),
     "qwen2": {**SLIDING, "use_sliding_window": True},
     "qwen3": {**SLIDING, "use_sliding_window": True},
@@ -73,10 +74,14 @@ MIXED = {
     **dict.fromkeys(("gemma2", "gemma3_text", "vaultgemma", "gpt_oss", "cohere2", "olmo3", "exaone4"), "sliding"),
     **dict.fromkeys(("qwen2", "qwen3", "dots1", "ministral"), "sliding"),
     **dict.fromkeys(("cohere2_moe", "cwm", "exaone_moe", "flint", "kolibri1"), "sliding"),
+    **dict.fromkeys(("granite_swa", "granitemoe_swa"), "sliding"),
     "llama4_text": "chunked",
 }
 # transformers has no sdpa for softcapping and attention sinks.
-EAGER_ONLY = ("gemma2", "vaultgemma", "gpt_oss", "flint")
+EAGER_ONLY = ("gemma2", "vaultgemma", "gpt_oss", "flint", "granite_swa", "granitemoe_swa")
+
+# What these return as attention weights is not all that V is multiplied by: sinks scale the outputs.
+SINKS_APART = ("granite_swa", "granitemoe_swa")
 
 
 @dataclass(frozen=True)

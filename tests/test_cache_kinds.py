@@ -1,6 +1,7 @@
 """Every kind of cache and every decoding method: supported and right, or refused before a wrong token."""
 
 import pytest
+import stream_stand_in
 import torch
 from conftest import loud, prompt, specification, tiny_adapter, tiny_model
 from oracle import unified_generate
@@ -101,11 +102,91 @@ def test_generation_with_a_quantized_cache_attends_to_rounded_keys_and_values(co
     assert torch.equal(quantized, generate(model, **options))
 
 
-def test_an_offloaded_cache_is_refused_in_words():
-    cache = DynamicCache()
+@pytest.fixture
+def streams(monkeypatch):
+    stream_stand_in.install(monkeypatch)
+
+
+DECODING = [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "top_k": 0}]
+
+
+def tokens(model, kind, ids=None, **options):
+    torch.manual_seed(11)
+    return generate(model, ids, **{"cache_implementation": kind, "attention_mask": LEFT, **options})
+
+
+@kinds
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("options", DECODING, ids=str)
+def test_an_offloaded_cache_gives_the_tokens_of_a_dynamic_one(convert, options):
+    model = build(convert)
+    assert torch.equal(tokens(model, "offloaded", **options), tokens(model, "dynamic", **options))
+
+
+@kinds
+@pytest.mark.usefixtures("streams")
+def test_drafts_are_rolled_back_on_an_offloaded_cache(convert):
+    model, ids = build(convert), prompt(batch=1, length=4).repeat(1, 4)
+    options = {"attention_mask": None, "prompt_lookup_num_tokens": 3}
+    assert torch.equal(tokens(model, "offloaded", ids, **options), tokens(model, "dynamic", ids, **options))
+
+
+@pytest.mark.usefixtures("streams")
+def test_streams_show_that_beam_search_on_an_offloaded_cache_reads_too_early_in_the_base_model():
+    """Why followers take the cache's own stream away; where this fails, transformers waits by itself."""
+    base = tiny_model()
+    assert torch.equal(tokens(base, "offloaded"), tokens(base, "dynamic"))
+    assert not torch.equal(tokens(base, "offloaded", num_beams=3), tokens(base, "dynamic", num_beams=3))
+
+
+@kinds
+@pytest.mark.usefixtures("streams")
+def test_an_offloaded_cache_saves_the_followers_keys(convert):
+    base = tiny_model()
+    cache, other = DynamicCache(offloading=True), DynamicCache(offloading=True)
+    generate(base, past_key_values=other)
+    generate(convert(tiny_adapter(base, superblocks=BLOCKS)), past_key_values=cache)
+    assert kv_bytes(cache) == RETAINED * kv_bytes(other)
+
+
+def test_an_offloaded_static_cache_is_refused_in_words():
+    cache = StaticCache(tiny_model().config, max_cache_len=16)
     cache.offloading = True  # not by the constructor, which needs a GPU's stream
-    with pytest.raises(ValueError, match=r"an offloaded cache is not supported .* use cache_implementation"):
+    with pytest.raises(ValueError, match=r"an offloaded static cache is not supported .* use cache_implementation"):
         cache_values(cache, torch.zeros(1, 2, 1, 8), layer_idx=2, leader_idx=1)
+
+
+@pytest.mark.gpu
+@kinds
+@pytest.mark.parametrize("late", [False, True], ids=["on time", "late"])
+@pytest.mark.parametrize("options", DECODING, ids=str)
+def test_on_a_gpu_an_offloaded_cache_gives_the_tokens_of_a_dynamic_one_also_when_copies_are_late(
+    convert, options, late, monkeypatch
+):
+    model = build(convert).cuda()
+    options = {**options, "attention_mask": LEFT.cuda()}
+    expected = tokens(model, "dynamic", prompt().cuda(), **options)
+    if late:
+        prefetch = cache_utils.DynamicLayer.prefetch
+
+        def slowly(layer):
+            torch.cuda._sleep(20_000_000)  # about 10 ms on the stream that fetches
+            prefetch(layer)
+
+        monkeypatch.setattr(cache_utils.DynamicLayer, "prefetch", slowly)
+    assert torch.equal(tokens(model, "offloaded", prompt().cuda(), **options), expected)
+
+
+@pytest.mark.gpu
+@kinds
+def test_on_a_gpu_an_offloaded_cache_lies_on_the_cpu_without_the_followers_keys(convert):
+    base = tiny_model(dtype=torch.float32).cuda()
+    cache, other = DynamicCache(offloading=True), DynamicCache(offloading=True)
+    generate(base, prompt().cuda(), past_key_values=other)
+    generate(convert(tiny_adapter(base, superblocks=BLOCKS)), prompt().cuda(), past_key_values=cache)
+    assert kv_bytes(cache) == RETAINED * kv_bytes(other)
+    # All but the lowest, which has been fetched for the next token.
+    assert {str(layer.keys.device) for layer in cache.layers[1:]} == {"cpu"}
 
 
 @kinds

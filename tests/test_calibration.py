@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import loud, prompt, tiny_adapter, tiny_model
+from conftest import loud, prompt, tiny_adapter, tiny_model, transformers_adapters
 from transformers import BatchEncoding
 
 from peft_uniattn import UniAttnConfig, UniAttnLayer, calibrate, to_standalone
@@ -619,6 +619,7 @@ def test_an_adapter_is_calibrated_by_name_while_adapters_are_disabled():
         assert np.array_equal(compensation_of(model, layer), compensation_of(other, layer))
 
 
+@transformers_adapters
 def test_a_transformers_model_with_an_injected_adapter_is_calibrated():
     model = loud(tiny_model())
     model.add_adapter(UniAttnConfig(superblocks=BLOCKS))

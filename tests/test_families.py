@@ -74,7 +74,7 @@ def test_a_saved_standalone_model_is_the_same_when_loaded(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3", "gpt_neox"])
-def test_compiled_logits_are_the_eager_ones(family):
-    case = next(case for case in CASES if case.family == family)
+@every_case
+def test_compiled_logits_are_the_eager_ones(case):
+    """Ten seconds a case on a quiet core."""
     checks.check_compile(case, case.back_ends[-1])

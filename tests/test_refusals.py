@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import conftest
 import pytest
 import torch
-from conftest import changed, tiny_adapter, tiny_model, weights
+from conftest import changed, tiny_adapter, tiny_model, transformers_adapters, weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -187,6 +187,7 @@ def test_get_peft_model_refuses_and_leaves_the_model_as_it_was(make, arguments, 
     assert not hasattr(model, "peft_config")
 
 
+@transformers_adapters
 @cases()
 def test_add_adapter_of_transformers_refuses_and_leaves_the_model_as_it_was(make, arguments, words):
     model = make()
@@ -203,6 +204,7 @@ def test_a_second_adapter_is_refused_and_the_first_kept(make, arguments, words):
     assert (list(model.peft_config), model.active_adapters) == (["default"], ["default"])
 
 
+@transformers_adapters
 @cases(supported=True)
 def test_a_second_adapter_of_transformers_is_refused_and_the_first_kept(make, arguments, words):
     model = make()
@@ -212,6 +214,7 @@ def test_a_second_adapter_of_transformers_is_refused_and_the_first_kept(make, ar
     assert model.active_adapters() == ["default"]
 
 
+@transformers_adapters
 def test_a_refused_add_adapter_can_be_corrected():
     model = tiny_model()
     with pytest.raises(ValueError, match="superblock_size=7"):
@@ -220,6 +223,7 @@ def test_a_refused_add_adapter_can_be_corrected():
     assert model.active_adapters() == ["default"]
 
 
+@transformers_adapters
 def test_a_refused_second_add_adapter_can_be_corrected():
     model = tiny_model()
     model.add_adapter(UniAttnConfig(superblock_size=3))

@@ -6,12 +6,13 @@ import os
 
 import pytest
 import torch
-from conftest import aligned, changed, logits, tiny_adapter, tiny_model, weights
+from conftest import aligned, changed, logits, tiny_adapter, tiny_model, transformers_adapters, weights
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_uniattn import UniAttnConfig, to_standalone
 
+pytestmark = transformers_adapters
 FIRST = {"superblocks": [[0, 1, 2], [3, 4]]}
 SECOND = {"superblocks": [[1, 2, 3], [4, 5]], "r": 4}
 

@@ -25,7 +25,7 @@ import transformers
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_uniattn import UniAttnConfig, to_standalone
 
@@ -48,17 +48,30 @@ SIZES = {
 }
 LENGTH = {"small": 12, "medium": 256}
 SUPERBLOCKS = [[1, 2, 3], [4, 5]]
+# What a family needs beyond the sizes. Leaders see everything, as the followers of a narrow mask need it.
+NARROW, FULL = "sliding_attention", "full_attention"
+SPECIAL = {
+    "gemma2": {"head_dim": 8, "sliding_window": 4, "layer_types": [NARROW, FULL, NARROW, NARROW, FULL, NARROW]},
+    "qwen3": {"head_dim": 8},
+    "phi3": {"pad_token_id": 0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+FAMILIES = ("llama", *SPECIAL)
 LEARNING_RATE = 0.1
 
 
-def build(form: str, size: str, dtype: torch.dtype, device: torch.device, checkpointed: bool) -> torch.nn.Module:
+def build(
+    form: str, size: str, dtype: torch.dtype, device: torch.device, checkpointed: bool, family: str = "llama"
+) -> torch.nn.Module:
     """The same model on every rank: an adapter with only W_c trainable, or a standalone model with everything."""
     torch.manual_seed(SEED)
-    config = LlamaConfig(num_hidden_layers=6, attn_implementation="sdpa", initializer_range=0.05, **SIZES[size])
-    base = LlamaForCausalLM(config).to(device)
+    sizes = {"num_hidden_layers": 6, "initializer_range": 0.05, **SIZES[size], **SPECIAL.get(family, {})}
+    config = AutoConfig.for_model(family, **sizes)
+    base = AutoModelForCausalLM.from_config(config, **implementations(family)).to(device)
     for parameter in base.parameters():  # not by to(dtype), which would round RoPE's frequencies as well
         parameter.data = parameter.data.to(dtype)
-    uniattn = UniAttnConfig(superblocks=SUPERBLOCKS, init_weights=False, task_type="CAUSAL_LM")
+    masks = {"follower_mask": "leader"} if family == "gemma2" else {}
+    uniattn = UniAttnConfig(superblocks=SUPERBLOCKS, init_weights=False, task_type="CAUSAL_LM", **masks)
     # One data type per sharded group: PEFT would keep the compensation of a bfloat16 base in float32.
     model = peft.get_peft_model(base, uniattn, autocast_adapter_dtype=False)
     if form == "standalone":
@@ -68,13 +81,18 @@ def build(form: str, size: str, dtype: torch.dtype, device: torch.device, checkp
     return model.train()
 
 
+def implementations(family: str) -> dict[str, str]:
+    """What runs on CPUs in float64: transformers has no sdpa for Gemma-2, and grouped products of experts do not."""
+    return {"attn_implementation": "eager" if family == "gemma2" else "sdpa", "experts_implementation": "eager"}
+
+
 def batch(size: str, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(2, SIZES[size]["vocab_size"], (4, LENGTH[size]), generator=generator).to(device)
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+    return [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
 
 
 def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -174,11 +192,13 @@ def difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     return max(((a - e).norm() / e.norm()).item() for a, e in pairs)
 
 
-def run_case(wrapper: str, form: str, checkpointed: bool, dtype: str, size: str, device: torch.device) -> dict:
+def run_case(
+    wrapper: str, form: str, checkpointed: bool, dtype: str, size: str, device: torch.device, family: str
+) -> dict:
     ids = batch(size, device)
-    model = build(form, size, getattr(torch, dtype), device, False)
+    model = build(form, size, getattr(torch, dtype), device, False, family)
     loss, gradients, weights = single(model, ids)
-    model = build(form, size, getattr(torch, dtype), device, checkpointed)
+    model = build(form, size, getattr(torch, dtype), device, checkpointed, family)
     part = ids.chunk(dist.get_world_size())[dist.get_rank()]
     local_loss, own_gradients, own_weights = WRAPPERS[wrapper](model, part)
     dist.all_reduce(local_loss)
@@ -190,16 +210,15 @@ def run_case(wrapper: str, form: str, checkpointed: bool, dtype: str, size: str,
     }
 
 
-def tensor_parallel(dtype: str, size: str, device: torch.device, scratch: Path) -> dict:
+def tensor_parallel(dtype: str, size: str, device: torch.device, scratch: Path, family: str) -> dict:
     """A saved standalone model loaded with tp_plan="auto": logits, gradients of W_c and generated tokens."""
     ids = batch(size, device)
-    whole_model = build("standalone", size, getattr(torch, dtype), device, False)
+    whole_model = build("standalone", size, getattr(torch, dtype), device, False, family)
     if dist.get_rank() == 0:
         whole_model.save_pretrained(scratch / "tensor parallel")
     dist.barrier()
-    sharded = AutoModelForCausalLM.from_pretrained(
-        scratch / "tensor parallel", tp_plan="auto", dtype=getattr(torch, dtype)
-    )
+    options = {"tp_plan": "auto", "dtype": getattr(torch, dtype), **implementations(family)}
+    sharded = AutoModelForCausalLM.from_pretrained(scratch / "tensor parallel", **options)
     logits, gradients, tokens = zip(*(outputs(model, ids) for model in (sharded, whole_model)), strict=True)
     return {
         "logits": difference({"logits": logits[0]}, {"logits": logits[1]}),
@@ -224,20 +243,23 @@ def value_rows(model: torch.nn.Module) -> int:
     return (weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]
 
 
-def over_two_devices(form: str, cut: int, devices: tuple, dtype: str, size: str, scratch: Path) -> dict:
+def over_two_devices(
+    form: str, cut: int, devices: tuple, dtype: str, size: str, scratch: Path, family: str = "llama"
+) -> dict:
     """A model whose layers from `cut` up are on the second of two devices, against one that is on the first."""
     first = torch.device("cuda", devices[0]) if isinstance(devices[0], int) else torch.device(devices[0])
     device_map = {f"model.layers.{layer}": devices[int(layer >= cut)] for layer in range(6)}
     device_map.update(dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), devices[0]))
     options = {"device_map": device_map, "dtype": getattr(torch, dtype), "offload_folder": scratch / "offload"}
+    options.update(implementations(family))
     ids = batch(size, first)
-    model = build(form, size, options["dtype"], first, False).eval()
+    model = build(form, size, options["dtype"], first, False, family).eval()
     model.save_pretrained(scratch / form)
     if form == "standalone":
         spread = AutoModelForCausalLM.from_pretrained(scratch / form, **options)
     else:
         model.unload().save_pretrained(scratch / "base")
-        model = build(form, size, options["dtype"], first, False).eval()
+        model = build(form, size, options["dtype"], first, False, family).eval()
         spread = AutoModelForCausalLM.from_pretrained(scratch / "base", **options)
         offload = {"offload_dir": str(scratch / "offload adapter")}
         spread = peft.PeftModel.from_pretrained(spread, scratch / form, autocast_adapter_dtype=False, **offload)
@@ -270,18 +292,19 @@ def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, d
             for form in ("adapter", "standalone"):
                 for checkpointed in (False, True):
                     case = f"{wrapper}, {form}, {'checkpointed' if checkpointed else 'not checkpointed'}, {dtype}"
-                    arguments = (wrapper, form, checkpointed, dtype, options.size, device)
+                    arguments = (wrapper, form, checkpointed, dtype, options.size, device, options.family)
                     results[case] = attempt(case, run_case, *arguments)
         if options.tensor_parallel:
             case = f"tensor parallel, standalone, {dtype}"
-            results[case] = attempt(case, tensor_parallel, dtype, options.size, device, options.scratch)
+            arguments = (dtype, options.size, device, options.scratch, options.family)
+            results[case] = attempt(case, tensor_parallel, *arguments)
         if device.type == "cuda" and dist.get_rank() == 0:
             for form in ("adapter", "standalone"):
                 for cut, second in ((2, 1), (3, 1), (5, 1), (2, "cpu")):
                     if second == "cpu" and form == "adapter":
                         continue
                     case = f"device_map, {form}, layers from {cut} on {second}, {dtype}"
-                    arguments = (form, cut, (0, second), dtype, options.size, options.scratch)
+                    arguments = (form, cut, (0, second), dtype, options.size, options.scratch, options.family)
                     results[case] = attempt(case, over_two_devices, *arguments)
         dist.barrier()
     return results
@@ -290,6 +313,7 @@ def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, d
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--dtypes", nargs="+", default=["float64"])
     parser.add_argument("--wrappers", nargs="*", choices=WRAPPERS, default=["ddp", "fsdp1", "fsdp2"])
@@ -324,7 +348,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def settings(options: argparse.Namespace) -> dict:
     return {
         "seed": SEED,
-        "model": {"layers": 6, **SIZES[options.size]},
+        "model": {"family": options.family, "layers": 6, **SIZES[options.size]},
         "superblocks": SUPERBLOCKS,
         "batch": [4, LENGTH[options.size]],
         "optimizer": f"SGD, lr {LEARNING_RATE}, one step",

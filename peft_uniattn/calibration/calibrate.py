@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..compensation import DESIGNS, FFN_OUTPUT, HEADS, NONE
 from ..families import find_decoder
 from ..handover import Handover
 from ..inspection import Adapter, find_adapter
 from ..modes import evaluation_mode
 from .report import CalibrationReport, FollowerError
-from .solve import PositionMeans, TokenStatistics, factorise, regularised, solve_pseudoinverse, solve_ridge
+from .solve import (
+    PositionMeans,
+    TokenStatistics,
+    factorise,
+    regularised,
+    right_inverse,
+    solve_pseudoinverse,
+    solve_ridge,
+)
 from .streams import INPUTS, LayerRunner, Spill, original_model, pack_leader, unified_model, unpack_leader
 
 METHODS = ("ridge", "pseudoinverse")
@@ -44,8 +54,10 @@ def calibrate(
     The hidden states of the original and of the unified model are carried side by side, layer by layer, so the model
     is loaded once and the data passes it about twice in all. They are kept on disk in between (two hidden states and
     a leader's queries and keys per token), so memory use does not depend on the number of samples. Works for full and
-    low-rank compensation; for low rank it finds the factors that lose least of x·W_c on this data. If anything fails,
-    the compensation stays what it was.
+    low-rank compensation; for low rank it finds the factors that lose least of x·W_c on this data. Every design of
+    compensation is fitted to what it can mend: the error of the residual stream after attention, through W_o where it
+    adds before W_o, or the error after the whole layer where it adds there. If anything fails, the compensation stays
+    what it was.
 
     Args:
         model: a `PeftModel` with a UniAttn adapter, or a transformers model that one was added to.
@@ -72,6 +84,11 @@ def calibrate(
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches} leaves no data; use 1 or more, or None for all")
     adapter = find_adapter(model, adapter_name)
+    if adapter.compensation == NONE:
+        raise ValueError(
+            f"the {adapter.method} adapter {adapter.name!r} has no compensation to calibrate; train the model that "
+            "to_standalone() returns, or use a UniAttnConfig whose compensation is not 'none'"
+        )
     if any(parameter.is_meta for parameter in adapter.base.parameters()):
         raise ValueError("the model has weights on the meta device; load its weights before calibrating")
 
@@ -119,6 +136,7 @@ class _Calibration:
     def __init__(self, adapter: Adapter, spill: Spill, method: str, ridge: float, progress: bool) -> None:
         self.adapter = adapter
         self.decoder = find_decoder(adapter.base, next(iter(adapter.layers.values())).family)
+        self.design = DESIGNS[adapter.compensation]
         self.runner = LayerRunner(self.decoder)
         self.spill = spill
         self.method = method
@@ -177,12 +195,14 @@ class _Calibration:
 
     def _fit(self, layer: int, bar: tqdm) -> FollowerError:
         """Sweep once to compute W_c of the follower `layer`, moving on the original stream on the way."""
-        size = self.adapter.layers[layer].hidden_size
+        follower = self.adapter.layers[layer]
+        inputs, _ = self.design.sizes(follower.base_layer, follower.family, follower.hidden_size)
         tokens, means = None, None
         for batch in range(self.batches):
             x, error, original_attention, positions = self._compare(layer, batch)
             if tokens is None:
-                tokens, means = TokenStatistics(size, x.device), PositionMeans(size, x.device)
+                tokens = TokenStatistics(inputs, x.device, follower.hidden_size)
+                means = PositionMeans(inputs, x.device, follower.hidden_size)
             tokens.add(x, error, original_attention)
             if not math.isfinite(tokens.ee + tokens.scale):
                 raise ValueError(
@@ -193,24 +213,42 @@ class _Calibration:
                 means.add(x, error, positions)
             bar.update()
 
-        factors = self._solve(tokens, means)
-        self.adapter.layers[layer].set_compensation(self.adapter.name, *factors)
-        compensation = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+        *others, last = self._solve(tokens, means)
+        compensation = reduce(torch.matmul, [*others, last])
+        if self.design.adds == HEADS:
+            output = follower.family.output_matrix(follower.base_layer)
+            last = last @ right_inverse(output, self.ridge if self.method == "ridge" else None)
+            compensation = reduce(torch.matmul, [*others, last, output])
+        follower.set_compensation(self.adapter.name, *others, last)
         leader = self.adapter.plan.leader_of[layer]
         return FollowerError(layer, leader, tokens.error_before(), tokens.error_after(compensation))
 
     def _compare(self, layer: int, batch: int) -> tuple[torch.Tensor, ...]:
-        """x, ε, original attention output, each (tokens, hidden size) in float64, and positions (tokens,)."""
+        """
+        What W_c reads, ε, original attention output, each in float64, a token a row, and positions (tokens,).
+
+        Where a norm follows the attention output, what is added to it cannot make up for the residual stream, so ε is
+        the difference of the outputs alone, and each token counts relative to the size by which that norm divides it.
+        """
         inputs = self.spill.get(batch, "inputs")
         original, unified = self.spill.get(batch, "original"), self.spill.get(batch, "unified")
         with original_model(self.adapter):
             output, _, original_attention = self.runner.run(inputs, layer, original)
         self.spill.put(batch, "next_original", output)
-        _, x, attention = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
-        error = (original + original_attention).double() - (unified + attention).double()
+        unified_output, hidden_states, attention = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
+        x = self.adapter.layers[layer].compensation_source(self.adapter.name, hidden_states).double()
+        original_attention = original_attention.double()
+        error = original_attention - attention.double()
+        if self.design.adds == FFN_OUTPUT:
+            error = output.double() - unified_output.double()
+        elif self.decoder.normalises_attention(layer):
+            size = original_attention.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            x, error, original_attention = x / size, error / size, original_attention / size
+        else:
+            error += (original.double() - unified.double()) / self.decoder.residual_multiplier(layer)
         real = _token_mask(inputs).to(x.device)
         positions = _positions(inputs).to(x.device)
-        return x.double()[real], error[real], original_attention.double()[real], positions[real]
+        return x[real], error[real], original_attention[real], positions[real]
 
     def _solve(self, tokens: TokenStatistics, means: PositionMeans) -> tuple[torch.Tensor, ...]:
         if self.method == "ridge":

@@ -12,7 +12,8 @@ class FollowerError:
     Error of one follower on the calibration data, relative to the norm of the original attention output.
 
     The error is the paper's ε (equation 13): the difference of the residual streams after attention, with the layers
-    below already compensated.
+    below already compensated. Where a norm follows the attention output (Gemma-2 and 3, OLMo-2), it is the difference
+    of the attention outputs alone; where the compensation adds to the output of the FFN, that after the whole layer.
 
     Attributes:
         layer: layer index.

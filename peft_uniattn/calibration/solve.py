@@ -13,22 +13,22 @@ class TokenStatistics:
     Normal equations of ε ≈ x · W_c, streamed over tokens.
 
     Attributes:
-        xx: Σ xᵀx, (hidden size, hidden size).
-        xe: Σ xᵀε, (hidden size, hidden size).
+        xx: Σ xᵀx, (coordinates of x, coordinates of x).
+        xe: Σ xᵀε, (coordinates of x, hidden size).
         ee: Σ ‖ε‖².
         scale: Σ ‖original attention output‖², to which errors are relative.
         tokens: how many tokens were added.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, outputs: int | None = None) -> None:
         self.xx = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.xe = torch.zeros_like(self.xx)
+        self.xe = torch.zeros(size, outputs or size, dtype=torch.float64, device=device)
         self.ee = 0.0
         self.scale = 0.0
         self.tokens = 0
 
     def add(self, x: torch.Tensor, error: torch.Tensor, original: torch.Tensor) -> None:
-        """Add tokens: inputs x, errors ε and original attention outputs, each (tokens, hidden size) in float64."""
+        """Add tokens: inputs x, errors ε and original attention outputs, in float64, one token a row."""
         self.xx.addmm_(x.T, x)
         self.xe.addmm_(x.T, error)
         self.ee += error.square().sum().item()
@@ -48,10 +48,10 @@ class TokenStatistics:
 class PositionMeans:
     """Means of x and ε at every position over all samples, the estimates of E(x) and E(ε) in Theorem 3.7."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, outputs: int | None = None) -> None:
         self.count = torch.zeros(0, dtype=torch.float64, device=device)
         self.x = torch.zeros(0, size, dtype=torch.float64, device=device)
-        self.error = torch.zeros_like(self.x)
+        self.error = torch.zeros(0, outputs or size, dtype=torch.float64, device=device)
 
     def add(self, x: torch.Tensor, error: torch.Tensor, position: torch.Tensor) -> None:
         """Add tokens: x and ε (tokens, hidden size) in float64, and their positions (tokens,)."""
@@ -121,3 +121,20 @@ def factorise(compensation: torch.Tensor, gram: torch.Tensor, rank: int) -> tupl
         return leading, torch.zeros_like(b)
     balance = (a.norm() / b.norm()).sqrt()
     return a / balance, b * balance
+
+
+def right_inverse(matrix: torch.Tensor, ridge: float | None) -> torch.Tensor:
+    """
+    M for which W = C · M makes x · W · `matrix` closest to x · C: how a compensation reaches through W_o.
+
+    Args:
+        matrix: W_o, (coordinates of all heads, hidden size) in float64.
+        ridge: strength relative to the mean diagonal of matrix · matrixᵀ, so that directions which W_o almost drops do
+            not get enormous weights; None for the pseudoinverse.
+
+    Returns:
+        (hidden size, coordinates of all heads).
+    """
+    if ridge is None:
+        return torch.linalg.pinv(matrix, rtol=PSEUDOINVERSE_CUTOFF)
+    return torch.linalg.solve(regularised(matrix @ matrix.T, ridge), matrix).T

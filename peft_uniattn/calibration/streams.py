@@ -76,21 +76,26 @@ class LayerRunner:
         seen: dict[str, torch.Tensor] = {}
 
         def only(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = forward(hidden_states, *args, **kwargs)
+            return forward(hidden_states, *args, **kwargs)
+
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
             seen["output"] = output[0] if isinstance(output, tuple) else output
-            return output
 
         def watch(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             seen["attention_input"] = args[0] if args else kwargs["hidden_states"]
             seen["attention_output"] = output[0]
 
         others = {index: _pass for index in range(len(self._decoder.layers)) if index != layer_idx}
-        hook = self._decoder.attention(layer_idx).register_forward_hook(watch, with_kwargs=True)
+        hooks = [
+            self._decoder.attention(layer_idx).register_forward_hook(watch, with_kwargs=True),
+            layer.register_forward_hook(keep),  # after the hook by which a compensation may be added
+        ]
         try:
             with self._replaced({**others, layer_idx: only}):
                 self._decoder.backbone(**inputs, use_cache=False, **{HANDOVER: handover or Handover()})
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return seen["output"], seen["attention_input"], seen["attention_output"]
 
     @contextmanager

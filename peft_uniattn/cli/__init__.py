@@ -5,12 +5,14 @@ from __future__ import annotations
 import typer
 
 from .bench import app as bench
+from .evaluate import evaluate
 from .quickstart import quickstart
 from .train import CONTEXT, train
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.command()(quickstart)
 app.command(context_settings=CONTEXT, add_help_option=False)(train)
+app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 
 

@@ -1,0 +1,80 @@
+"""
+Where the compensation W_c reads and where it adds (https://arxiv.org/abs/2502.00439, Table 8).
+
+This file depends on torch only: standalone models carry a copy of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .families import Family
+
+# What W_c reads: the normalised input of attention, or the follower's own value states of the same token.
+INPUT, VALUES = "input", "values"
+# What its output is added to: the output of attention, that of the whole decoder layer, or the heads' outputs.
+ATTENTION_OUTPUT, FFN_OUTPUT, HEADS = "attention_output", "ffn_output", "heads"
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Design:
+    """
+    A place for W_c.
+
+    Attributes:
+        reads: `INPUT` or `VALUES`.
+        adds: `ATTENTION_OUTPUT`, `FFN_OUTPUT` or `HEADS`.
+    """
+
+    reads: str
+    adds: str
+
+    def sizes(self, attention: nn.Module, family: Family, hidden_size: int) -> tuple[int, int]:
+        """How many coordinates W_c reads, and to how many it adds."""
+        inputs = hidden_size if self.reads == INPUT else family.value_width(attention)
+        outputs = getattr(attention, family.output).in_features if self.adds == HEADS else hidden_size
+        return inputs, outputs
+
+    def source(self, hidden_states: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """
+        What W_c reads.
+
+        Args:
+            hidden_states: the normalised input of attention, (batch, length, hidden size).
+            value: the value states of the same tokens, (batch, key/value heads, length, head_dim).
+        """
+        return hidden_states if self.reads == INPUT else value.transpose(1, 2).flatten(2)
+
+
+DESIGNS: dict[str, Design] = {
+    "attention_output": Design(INPUT, ATTENTION_OUTPUT),
+    "ffn_output": Design(INPUT, FFN_OUTPUT),
+    "heads": Design(INPUT, HEADS),
+    "values_to_heads": Design(VALUES, HEADS),
+}
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """
+    A follower's compensation.
+
+    Attributes:
+        design: where it reads and adds.
+        linear: what it computes, x · W_c.
+    """
+
+    design: Design
+    linear: Callable[[torch.Tensor], torch.Tensor]
+
+
+def check_design(name: str) -> None:
+    """Raise ValueError if `name` is no design of compensation."""
+    if name not in DESIGNS and name != NONE:
+        raise ValueError(f"compensation={name!r} must be one of {', '.join([*DESIGNS, NONE])}")

@@ -1,0 +1,124 @@
+"""Run lm-eval on a base model, an adapter or a standalone model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from huggingface_hub import file_exists
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+from peft import AutoPeftModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..training.journal import write_atomically
+from .tasks import PAPER_TASKS, task_specs
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = PAPER_TASKS,
+    *,
+    num_fewshot: int = 0,
+    data_dir: str | Path | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Accuracy of `model` by lm-eval, as lm-eval's own dictionary of results.
+
+    Args:
+        model: a base model, a `PeftModel` or a standalone model, on the device where it shall run.
+        tokenizer: its tokenizer.
+        tasks: see [`task_specs`].
+        num_fewshot: examples before each question.
+        data_dir: directory with local copies of the sets; None takes them from the Hub.
+        batch_size: requests per forward pass.
+        max_length: longest input in tokens; default what the model was made for.
+        limit: ask only the first so many questions of each set.
+        seed: of the choice of examples.
+
+    Raises:
+        ValueError: for unknown tasks, or examples that there are no training data for.
+        FileNotFoundError: if a published file is missing in `data_dir`.
+    """
+    if num_fewshot < 0:
+        raise ValueError(f"num_fewshot={num_fewshot} must be 0 or more")
+    specs = task_specs(tasks, data_dir=data_dir, num_fewshot=num_fewshot)
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    training = model.training
+    try:
+        results = lm_eval.simple_evaluate(
+            model=language_model,
+            tasks=specs,
+            task_manager=_task_manager(),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    finally:
+        model.train(training)
+    # The rows of a local copy are part of lm-eval's record of a task; a record of results should not hold them.
+    for config in results["configs"].values():
+        config.pop("custom_dataset", None)
+    results["model"] = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return dict(results)
+
+
+@cache
+def _task_manager() -> TaskManager:
+    """lm-eval's index of its own tasks, which takes seconds to make."""
+    return TaskManager()
+
+
+def load_for_evaluation(
+    path: str, *, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """
+    A model and its tokenizer from a directory or the Hub: an adapter on its base, a standalone model or a base model.
+
+    Args:
+        path: directory or Hub name. One with an `adapter_config.json` is an adapter.
+        dtype: data type of the weights; "auto" is what the checkpoint says.
+        device: default a GPU if there is one.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if _is_adapter(path):
+        model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError):  # an adapter need not bring one
+            tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return model.to(device).eval(), tokenizer
+
+
+def _is_adapter(path: str) -> bool:
+    if Path(path).is_dir():
+        return (Path(path) / "adapter_config.json").is_file()
+    return file_exists(path, "adapter_config.json")
+
+
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """Write what [`evaluate`] returned as JSON, in the form that lm-eval itself writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    write_atomically(path, text + "\n")

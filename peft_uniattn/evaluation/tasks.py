@@ -1,0 +1,110 @@
+"""Which questions are asked: lm-eval's own task definitions, on the Hub's data or on local copies of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+
+from .local_data import LOCAL_SETS
+
+# The sets of the paper's Table 1, by lm-eval's names.
+PAPER_TASKS = ("pubmedqa", "medmcqa", "medqa_4options", "social_iqa", "commonsense_qa")
+
+# The same questions without letters: the answer's own text is scored, by its log-likelihood per character. Models too
+# small to name a letter are near chance on the official definitions.
+CLOZE_TASKS: dict[str, dict[str, Any]] = {
+    "social_iqa_cloze": {
+        "doc_to_text": "Q: {{context}} {{question}}\nA:",
+        "doc_to_choice": "{{[answerA, answerB, answerC]}}",
+        "doc_to_target": "{{ (label|int) - 1 }}",
+    },
+    "commonsense_qa_cloze": {
+        "doc_to_text": "Question: {{question.strip()}}\nAnswer:",
+        "doc_to_choice": "{{choices['text']}}",
+        "doc_to_target": "{{choices['label'].index(answerKey)}}",
+    },
+    "medmcqa_cloze": {
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{[opa, opb, opc, opd]}}",
+        "doc_to_target": "cop",
+    },
+    "medqa_4options_cloze": {
+        "doc_to_text": "Question: {{sent1}}\nAnswer:",
+        "doc_to_choice": "{{[ending0, ending1, ending2, ending3]}}",
+        "doc_to_target": "label",
+    },
+}
+
+_HUB = {
+    "social_iqa": {"dataset_path": "lighteval/siqa"},
+    "commonsense_qa": {"dataset_path": "tau/commonsense_qa"},
+    "medmcqa": {"dataset_path": "openlifescienceai/medmcqa"},
+    "medqa_4options": {"dataset_path": "GBaker/MedQA-USMLE-4-options-hf"},
+}
+
+
+def task_specs(names: Sequence[str], *, data_dir: str | Path | None = None, num_fewshot: int = 0) -> list[Any]:
+    """
+    What to hand to lm-eval as `tasks`.
+
+    With `data_dir` the definitions stay lm-eval's own; only where they get their rows from is replaced.
+
+    Args:
+        names: of `PAPER_TASKS`, of `CLOZE_TASKS`, or, without `data_dir`, of any task that lm-eval knows.
+        data_dir: directory with the published files, anywhere below it; None takes them from the Hub.
+        num_fewshot: examples before each question; they come from the training split.
+
+    Raises:
+        ValueError: for a name that is not known, or examples from a set whose training file is not in `data_dir`.
+        FileNotFoundError: if a published file is missing.
+    """
+    if not names:
+        raise ValueError(f"tasks={list(names)} is empty; name one or more of {', '.join(PAPER_TASKS)}")
+    return [_spec(name, data_dir, num_fewshot) for name in names]
+
+
+def base_task(name: str) -> str:
+    """The official task whose questions the task `name` asks."""
+    return name.removesuffix("_cloze")
+
+
+def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
+    official = base_task(name)
+    if data_dir is None:
+        return {**_cloze(name), **_HUB[official]} if name in CLOZE_TASKS else name
+    if official not in LOCAL_SETS or (name not in PAPER_TASKS and name not in CLOZE_TASKS):
+        known = ", ".join((*PAPER_TASKS, *CLOZE_TASKS))
+        raise ValueError(f"task {name!r} has no local copy; use one of {known}, or leave out data_dir")
+    data = LOCAL_SETS[official].load(data_dir)
+    if num_fewshot and "train" not in data:
+        raise ValueError(
+            f"num_fewshot={num_fewshot}: no training file of {official} is in data_dir={str(data_dir)!r} to take "
+            "examples from; add it, or use num_fewshot=0"
+        )
+    overrides: dict[str, Any] = {"custom_dataset": partial(_data, data)}
+    if "train" not in data:
+        overrides["training_split"] = None
+    if name in CLOZE_TASKS:
+        return {**_cloze(name), **overrides}
+    # lm-eval applies overrides to a registered task where the task is named inside a group.
+    return {"group": f"{name}_local", "task": [{"task": name, **overrides}]}
+
+
+def _cloze(name: str) -> dict[str, Any]:
+    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
+    return {
+        "task": name,
+        "output_type": "multiple_choice",
+        "training_split": "train",
+        "validation_split": "validation",
+        "metric_list": metrics,
+        **CLOZE_TASKS[name],
+    }
+
+
+def _data(data: DatasetDict, **_: Any) -> DatasetDict:
+    return data

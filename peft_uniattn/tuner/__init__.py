@@ -1,0 +1,1 @@
+"""What every method that wraps attention modules shares: its configuration, one wrapped layer, injection."""

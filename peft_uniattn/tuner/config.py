@@ -1,0 +1,131 @@
+"""What the user may say about any method that wraps attention modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from ..plan import Plan, check_superblock_size, check_superblocks, make_plan
+
+
+@dataclass
+class AttentionConfig(PeftConfig):
+    """
+    What PEFT and this package note about every adapter that wraps attention modules.
+
+    Args:
+        target_modules (`list[str]`, *optional*):
+            Filled in from the plan: the attention modules it concerns. Leave it `None`.
+        modules_to_save (`list[str]`, *optional*):
+            Other modules to train and save with the adapter.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Token embeddings to train and save with the adapter.
+        base_layout (`dict`, *optional*):
+            Filled in on injection: shape of the base model, so that loading onto another one is refused.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Filled in from the plan: the attention modules that it concerns. Leave it None."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Other modules to train and save with the adapter, such as ['lm_head']."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Token embeddings to train and save with the adapter."},
+    )
+    base_layout: dict | None = field(
+        default=None,
+        metadata={"help": "Filled in on injection: the base model's shape, so that another base is refused."},
+    )
+
+    def make_plan(self, num_layers: int, masks: list[str] | None = None) -> Plan:
+        """
+        What this configuration means for a model.
+
+        Args:
+            num_layers: the model's number of decoder layers.
+            masks: the kind of mask of every layer (`config.layer_types`); None if all are alike.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to say which layers it concerns")
+
+
+@dataclass
+class SuperblockConfig(AttentionConfig):
+    """
+    A configuration of Superblocks: consecutive decoder layers of which the lowest leads and the others follow.
+
+    Args:
+        superblock_size (`int`, defaults to 4):
+            Layers per Superblock, 2 or more.
+        start_layer (`int`, *optional*):
+            First layer of the lowest Superblock. Defaults to half of the model's layers, rounded down.
+        end_layer (`int`, *optional*):
+            Where the Superblocks stop, exclusive. Defaults to the number of layers. Layers left over at the top stay
+            as they are.
+        superblocks (`list[list[int]]`, *optional*):
+            Explicit Superblocks as lists of consecutive layer indices; overrides the three arguments above.
+        follower_mask (`str`, defaults to `"own"`):
+            In models that mix full and sliding-window attention: `"own"` shares only between layers with the same
+            mask; `"leader"` lets followers take the mask of a leader with full attention (the paper's Gemma-2 plan).
+    """
+
+    superblock_size: int = field(
+        default=4, metadata={"help": "Layers per Superblock, 2 or more: one leader, the others followers."}
+    )
+    start_layer: int | None = field(
+        default=None,
+        metadata={"help": "First layer of the lowest Superblock. Default: half of the layers, rounded down."},
+    )
+    end_layer: int | None = field(
+        default=None,
+        metadata={"help": "Where the Superblocks stop, exclusive. Default: the number of layers."},
+    )
+    superblocks: list[list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Explicit Superblocks as lists of consecutive layer indices, such as [[16, 17, 18], [20, 21]]. "
+            "Overrides superblock_size, start_layer and end_layer."
+        },
+    )
+    follower_mask: str = field(
+        default="own",
+        metadata={
+            "help": "In models that mix full and sliding-window attention: 'own' shares only between layers with the "
+            "same mask; 'leader' lets followers take the mask of a leader with full attention."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_superblock_size(self.superblock_size)
+        if self.follower_mask not in ("own", "leader"):
+            raise ValueError(f"follower_mask={self.follower_mask!r} must be 'own' or 'leader'")
+        for name in ("start_layer", "end_layer"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"{name}={value!r} must be None or a layer index from 0 up")
+        if self.superblocks is not None:
+            check_superblocks(self.superblocks)
+            self.superblocks = [list(block) for block in self.superblocks]
+
+    def make_plan(self, num_layers: int, masks: list[str] | None = None) -> Plan:
+        """
+        The Superblocks that this configuration means for a model.
+
+        Args:
+            num_layers: the model's number of decoder layers.
+            masks: the kind of mask of every layer (`config.layer_types`); None if all are alike.
+        """
+        return make_plan(
+            num_layers,
+            masks=masks,
+            follower_mask=self.follower_mask,
+            superblock_size=self.superblock_size,
+            start_layer=self.start_layer,
+            end_layer=self.end_layer,
+            superblocks=self.superblocks,
+        )

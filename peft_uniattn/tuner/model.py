@@ -1,0 +1,256 @@
+"""Puts a method that wraps attention modules into a model, and takes it out again; nothing else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..attention import refuse_continuous_batching
+from ..families import Decoder, check_back_end, find_decoder, find_family
+from ..handover import install_handover, remove_handover
+from ..inspection import uniattn_layers
+from ..plan import Plan
+from .config import AttentionConfig
+from .layer import AttentionTunerLayer
+
+
+class AttentionTuner(BaseTuner):
+    """
+    Wraps the attention modules that a plan concerns, and lets every forward carry a hand-over to them.
+
+    A method names its layer class in `tuner_layer_cls`, and checks models and configurations of its own in
+    `_check_config` and `_check_model`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the decoder-only model to adapt.
+        config ([`AttentionConfig`]): the configuration.
+        adapter_name (`str`): the name of the adapter.
+        low_cpu_mem_usage (`bool`): create the adapter's weights on the meta device.
+
+    Raises:
+        ValueError: if the architecture, the attention implementation or the plan is not supported, or if a saved
+            adapter belongs to a base model of another shape. Nothing has been changed then.
+    """
+
+    tuner_layer_cls: type[AttentionTunerLayer]
+    target_module_mapping: dict[str, list[str]] = {}
+    # What an adapter file holds, for messages.
+    adapter_content: str
+
+    def _prepare_adapter_config(self, peft_config: AttentionConfig, model_config: dict) -> AttentionConfig:
+        config = self._text_config()
+        decoder = find_decoder(self.model, find_family(config))
+        check_back_end(config._attn_implementation)
+        layout = base_layout(config)
+        _check_layout(peft_config, layout)
+        plan = peft_config.make_plan(layout["num_hidden_layers"], getattr(config, "layer_types", None))
+        self._check_config(peft_config, config)
+        targets = {decoder.attention_name(layer) for layer in plan.role_of}
+        _check_targets(peft_config, targets)
+        _check_modules_to_save(peft_config, self.model, targets)
+        _check_not_offloaded(decoder, plan)
+        _check_no_other_method(decoder, plan, self.tuner_layer_cls)
+        self._check_model(decoder, plan)
+        peft_config.target_modules = sorted(targets)
+        peft_config.base_layout = layout
+        return peft_config
+
+    def _check_config(self, peft_config: AttentionConfig, config: Any) -> None:
+        """Raise ValueError if `peft_config` does not suit a model with the (text) configuration `config`."""
+
+    def _check_model(self, decoder: Decoder, plan: Plan) -> None:
+        """Raise ValueError if the method would not do on this model what it should."""
+
+    def _text_config(self) -> Any:
+        config = getattr(self.model, "config", None)
+        if not hasattr(config, "get_text_config"):
+            method, found = self.tuner_layer_cls.method, type(self.model).__name__
+            raise ValueError(f"{found} is not a transformers model; {method} needs a PreTrainedModel")
+        return config.get_text_config(decoder=True)
+
+    def _create_and_replace(
+        self,
+        peft_config: AttentionConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        config = self._text_config()
+        plan = peft_config.make_plan(config.num_hidden_layers, getattr(config, "layer_types", None))
+        if not isinstance(target, self.tuner_layer_cls):
+            layer = self.tuner_layer_cls(target, find_family(config), config.hidden_size)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        target.update_layer(adapter_name, peft_config, plan.role_of[target.layer_idx])
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version looks for child.weight, which an attention module does not have.
+        setattr(parent, child_name, new_module)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        # A copy, because what is found out about this model is noted in it; the user may need theirs for another one.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        try:
+            # The plan decides which modules are adapted; a state dict has no entry for leaders.
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        except ValueError:
+            self._forget(model, adapter_name)
+            raise
+        # Every wrapped layer knows every adapter, so that after a deletion all of them pick the same next one.
+        layers = uniattn_layers(model)
+        names = {name for layer in layers for name in layer.uniattn_leader}
+        for layer in layers:
+            for name in names:
+                layer.uniattn_leader.setdefault(name, None)
+        install_handover(find_decoder(model, layers[0].family).backbone)
+        # On the model itself, from which generate_batch() is called, rather than on this wrapper.
+        model.init_continuous_batching = refuse_continuous_batching
+
+    def _forget(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo what PEFT and transformers note about an adapter before they try to inject it."""
+        self.peft_config.pop(adapter_name, None)
+        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+            model._hf_peft_config_loaded = False
+
+    def _check_merge_allowed(self) -> None:
+        raise self.tuner_layer_cls.merge_refusal()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """
+        The standalone model of the active adapter, what it has learned as ordinary weights; see [`to_standalone`].
+
+        Like PEFT's other methods it consumes this model: the two share their weights.
+
+        Args:
+            progressbar: without effect, there is nothing to wait for.
+            safe_merge: refuse a compensation with NaN or infinite values.
+            adapter_names: the one adapter to use instead of the active one.
+        """
+        from ..standalone import to_standalone
+
+        if adapter_names is not None and len(adapter_names) != 1:
+            raise ValueError(
+                f"adapter_names={adapter_names} must name exactly one {self.tuner_layer_cls.method} adapter"
+            )
+        name = adapter_names[0] if adapter_names else None
+        return to_standalone(self, adapter_name=name, share_weights=True, check_finite=safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise self.tuner_layer_cls.merge_refusal()
+        layers = uniattn_layers(self.model)
+        backbone = find_decoder(self.model, layers[0].family).backbone
+        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        for layer in layers:
+            layer.unwrap()
+        remove_handover(backbone)
+        del model.init_continuous_batching
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        _check_base_is_frozen(model, cls.adapter_content)
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+
+def base_layout(config: Any) -> dict[str, int | str]:
+    """The shape of a base model, as far as an adapter depends on it."""
+    return {
+        "model_type": config.model_type,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+    }
+
+
+def _check_layout(peft_config: AttentionConfig, layout: dict[str, int | str]) -> None:
+    saved = peft_config.base_layout
+    if saved is not None and saved != layout:
+        differing = [name for name, value in layout.items() if saved.get(name) != value]
+        differences = ", ".join(f"{name}={saved.get(name)!r} instead of {layout[name]!r}" for name in differing)
+        raise ValueError(
+            f"this adapter was made for another base model ({differences}); load the base it names: "
+            f"{peft_config.base_model_name_or_path!r}"
+        )
+
+
+def _check_targets(peft_config: AttentionConfig, targets: set[str]) -> None:
+    given = peft_config.target_modules
+    if given is None:
+        return
+    missed = sorted(name for name in targets if not BaseTuner._check_target_module_exists(peft_config, name))
+    if missed:
+        raise ValueError(
+            f"target_modules={given!r} does not match {missed[0]!r}, which the plan needs; leave target_modules None, "
+            "and choose the layers with superblocks or start_layer and end_layer"
+        )
+
+
+def _check_modules_to_save(peft_config: AttentionConfig, model: nn.Module, targets: set[str]) -> None:
+    inside = tuple(f"{target}." for target in targets)
+    for name, _ in model.named_modules():
+        hit = next((end for end in peft_config.modules_to_save or () if name.endswith(end)), None)
+        if hit and name.replace(".base_layer.", ".").startswith(inside):
+            raise ValueError(
+                f"modules_to_save={peft_config.modules_to_save!r} names {name!r}, which is inside an attention module "
+                "that the adapter wraps; leave it out, or train it in the model that to_standalone() returns"
+            )
+
+
+def _check_no_other_method(decoder: Decoder, plan: Plan, layer_class: type[AttentionTunerLayer]) -> None:
+    for layer in plan.role_of:
+        attention = decoder.attention(layer)
+        if isinstance(attention, AttentionTunerLayer) and not isinstance(attention, layer_class):
+            raise ValueError(
+                f"decoder layer {layer} has a {attention.method} adapter already, and a {layer_class.method} adapter "
+                "cannot be put around it; unload that one first"
+            )
+
+
+def _check_not_offloaded(decoder: Decoder, plan: Plan) -> None:
+    """Raise ValueError if accelerate fetches weights of wrapped layers on use: it would not fetch a compensation."""
+    for layer in plan.role_of:
+        attention = decoder.attention(layer)
+        if any(p.is_meta for p in attention.parameters()) and any(hasattr(m, "_hf_hook") for m in attention.modules()):
+            raise ValueError(
+                f"decoder layer {layer} is offloaded to the CPU or to disk, and a compensation would not be fetched "
+                "with it; give it a device in device_map, or offload the model that to_standalone() returns instead"
+            )
+
+
+def _check_base_is_frozen(model: nn.Module, adapter_content: str) -> None:
+    """Raise ValueError if base weights are being trained: an adapter file would silently lose them."""
+    kept = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            containers = [getattr(module, name) for name in module.adapter_layer_names]
+            kept.update(id(p) for container in containers for p in container.parameters())
+    if any(layer.base_was_trained for layer in uniattn_layers(model)):
+        raise ValueError(
+            "the base model's attention was trained together with the adapter, but an adapter file holds only "
+            f"{adapter_content}, so that training would be lost; save to_standalone(model) instead"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in kept:
+            raise ValueError(
+                f"{name} is trainable, but an adapter file holds only {adapter_content}, so its training would be "
+                "lost; save to_standalone(model) instead, or freeze the base with requires_grad_(False)"
+            )
