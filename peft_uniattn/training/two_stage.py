@@ -36,6 +36,7 @@ class TwoStageRun:
             one. Default: what the arguments name.
         load_examples: returns the data for a tokenizer. Default: what the arguments name.
         data_name: what to call the data in the receipt.
+        question: how to show the first held-out question there. Default: the text of its prompt.
 
     Raises:
         ValueError: if the arguments name no model, or an evaluation that cannot be imported.
@@ -48,10 +49,12 @@ class TwoStageRun:
         load_base: LoadBase | None = None,
         load_examples: LoadExamples | None = None,
         data_name: str | None = None,
+        question: str | None = None,
     ) -> None:
         self.arguments = arguments
         self.output_dir = Path(arguments.training.output_dir)
         self.data_name = data_name or ", ".join(arguments.data.dataset_name or [])
+        self._question = question
         self._steps = Steps(arguments, load_base=load_base, load_examples=load_examples)
 
     def run(self) -> Receipt:
@@ -75,7 +78,7 @@ class TwoStageRun:
             steps.check_data(journal.results["base"])
         for name, action in actions.items():
             self._do(journal, name, action)
-        receipt = make_receipt(journal.results, self.data_name)
+        receipt = make_receipt(journal.results, self.data_name, self._question)
         if is_main_process():
             self._finish(journal, receipt)
         return receipt
