@@ -33,7 +33,16 @@ _HYPERPARAMETERS = (
     "bf16",
     "seed",
 )
-_PLAN = ("method", "superblock_size", "start_layer", "end_layer", "superblocks", "follower_mask", "rank")
+_PLAN = (
+    "method",
+    "superblock_size",
+    "start_layer",
+    "end_layer",
+    "superblocks",
+    "follower_mask",
+    "rank",
+    "dropped_layers",
+)
 _LOSSES = 10
 # What the steps are called in the journal and where they are shown.
 STEPS = {"calibrate": "calibration", "stage1": "stage 1", "stage2": "stage 2", "plain": "fine-tuned base"}
