@@ -22,7 +22,6 @@ ROW = {
 }
 # What fits a tiny model on a CPU instead of the preset's.
 SMALLER = {
-    "superblocks": "0-2,3-5",
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
     "test_size": 4,
@@ -44,7 +43,8 @@ def run(tmp_path):
     def start(preset, *, rows="pmc", name="out", **changes):
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps(ROW[rows](number)) + "\n" for number in range(40)))
-        merged = {**inputs, **SMALLER, "output_dir": tmp_path / name, **changes}
+        plan = {"dropped_layers": "3,5"} if "llmdrop" in preset else {"superblocks": "0-2,3-5"}
+        merged = {**inputs, **SMALLER, **plan, "output_dir": tmp_path / name, **changes}
         flags = [part for name, value in merged.items() for part in (f"--{name}", str(value))]
         return TwoStageRun(parse_arguments(["--config", str(CONFIGS / preset), *flags])).run()
 
@@ -66,3 +66,11 @@ def test_stage_1_on_a_4_bit_base_and_stage_2_with_8_bit_adamw_run_one_after_the_
         "llama-3.1-8b/stage2-8bit-adamw.yaml", name="second", adapter=tmp_path / "first/adapter", learning_rate=1e-2
     )
     assert second.losses["after stage 2"] < second.losses["base"]
+
+
+@pytest.mark.parametrize("rival", ["cla-full", "llmdrop-half"])
+def test_rivals_are_trained_in_one_stage(run, rival):
+    pytest.importorskip("peft_uniattn.rivals")
+    receipt = run(f"llama-3.1-8b/{rival}.yaml")
+    assert set(receipt.losses) == {"base", "after stage 2"}
+    assert receipt.kv_bytes_after < receipt.kv_bytes_before

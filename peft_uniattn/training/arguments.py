@@ -96,6 +96,11 @@ class PlanArguments:
                 f"dropped_layers={self.dropped_layers!r} does not go with method={self.method!r}; llmdrop needs it, "
                 "the others have none"
             )
+        if self.superblocks is not None and self.method == "llmdrop":
+            raise ValueError(
+                f"superblocks={self.superblocks!r} does not go with method='llmdrop', which has no Superblocks; name "
+                "layers by dropped_layers"
+            )
         if self.rank is not None and self.method != "uniattn":
             raise ValueError(f"rank={self.rank} is of UniAttn's compensation, and method={self.method!r} has none")
         self.peft_config()
