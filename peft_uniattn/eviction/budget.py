@@ -25,12 +25,12 @@ class Budget:
     grows: bool = True
 
     def __post_init__(self):
-        if not _is_number(self.budget) or self.budget <= 0 or (isinstance(self.budget, float) and self.budget > 1):
+        if not _is_number(self.budget) or not 0 < self.budget <= _highest(self.budget):
             raise ValueError(
                 f"budget={self.budget!r} must be a share of the tokens (a float above 0, up to 1.0, which keeps all) "
                 "or a number of tokens (an int from 1 up)"
             )
-        if not _is_number(self.recent) or self.recent < 0 or (isinstance(self.recent, float) and self.recent > 1):
+        if not _is_number(self.recent) or not 0 <= self.recent <= _highest(self.recent):
             raise ValueError(
                 f"recent={self.recent!r} must be a share of the budget (a float from 0.0 to 1.0) or a number of "
                 "tokens (an int from 0 up)"
@@ -51,6 +51,10 @@ class Budget:
         """How many of `capacity` tokens are kept for being the newest, at least 1."""
         recent = self.recent if isinstance(self.recent, int) else round(self.recent * capacity)
         return max(1, min(recent, capacity))
+
+
+def _highest(value: int | float) -> float:
+    return 1.0 if isinstance(value, float) else float("inf")
 
 
 def _is_number(value: object) -> bool:

@@ -100,7 +100,8 @@ def _real_queries(mask: torch.Tensor | None, queries: int, length: int) -> torch
 
 
 def _is_visible(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    # What hides a token may be the lowest number of any data type, float16 having the highest of them.
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(torch.float16).min / 2
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
