@@ -65,6 +65,34 @@ def test_a_second_turn_goes_on_where_the_first_one_stopped(float64):
     assert torch.equal(second[:, -NEW:], greedy(oracle, longer[:, -5:])[:, -NEW:])
 
 
+def test_chunked_prefill_evicts_after_every_chunk(float64):
+    model, ids = build("adapter"), prompt(2, 13)
+    with h2o(model):
+        tokens = generate(model, ids, H2OCache(**FEW), prefill_chunk_size=9)
+    oracle = oracle_of(model, "adapter", *RULES)
+    oracle(ids[:, :9])
+    assert torch.equal(tokens[:, 9:], greedy(oracle, ids[:, 9:]))
+
+
+def test_sampling_draws_from_what_the_oracle_predicts(float64):
+    model, ids = build("adapter"), prompt(2, 12)
+    with h2o(model):
+        options = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "output_logits": True}
+        sampled = generate(model, ids, H2OCache(**FEW), **options)
+    oracle = oracle_of(model, "adapter", *RULES)
+    wanted = expected(oracle, sampled.sequences[:, :-1], chunks=(12, *[1] * (NEW - 1)))[:, 11:]
+    close(torch.stack(sampled.logits, 1), wanted)
+
+
+@pytest.mark.parametrize("kind", ["base", "adapter"])
+def test_a_number_of_tokens_gives_a_padded_row_what_it_gets_alone(float64, kind):
+    model, (ids, mask) = build(kind), left_padded(prompt(2, 12))
+    with h2o(model):
+        batch = generate(model, ids, H2OCache(budget=6), mask)
+        alone = generate(model, ids[1:, 7:], H2OCache(budget=6))
+    assert torch.equal(batch[1:, 12:], alone[:, 5:])
+
+
 @pytest.mark.parametrize("kind", ["base", "adapter"])
 def test_beam_search_takes_scores_and_positions_along_with_the_beams(float64, kind):
     model, ids = build(kind), prompt(2, 12)
@@ -323,6 +351,31 @@ def test_a_layer_that_stops_telling_of_its_attention_is_noticed():
     base = model.unload()  # removes what wrapping has put in, and with it the way to the attention
     with pytest.raises(RuntimeError, match="nobody told it"):
         generate(base, prompt(), cache)
+
+
+class Reading(H2OCache):
+    """Layer 3 reads what layer 2 has stored, as layers that share keys and values do."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if layer_idx != 3:
+            self.last = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.last
+
+
+def test_a_layer_that_reads_the_keys_of_another_is_refused():
+    model = build("base")
+    with h2o(model), pytest.raises(ValueError, match="decoder layer 3 attends to keys that are not in its own layer"):
+        generate(model, prompt(), Reading(3))
+
+
+def test_wrapping_inside_the_context_is_refused_and_changes_nothing():
+    base = build("base")
+    plain = generate(base, prompt())
+    with h2o(base), pytest.raises(ValueError, match="hand-over"):
+        tiny_adapter(base)
+    assert torch.equal(generate(base, prompt()), plain)
+    adapter, other = (tiny_adapter(model, superblocks=[[1, 2, 3]]) for model in (base, build("base")))
+    assert torch.equal(generate(adapter, prompt()), generate(other, prompt()))
 
 
 @pytest.mark.parametrize("assist", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": "another"}])

@@ -46,6 +46,7 @@ class H2OLayer(EvictingLayer):
         positions: which of the tokens seen is in each slot, int32 and of the same shape; None before anything was
             evicted.
         kept: the slots that the last decision kept, same shape; None if it kept all. Followers evict by it.
+        undecided: whether tokens were added after the last decision.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -58,12 +59,12 @@ class H2OLayer(EvictingLayer):
         self.positions: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
         self._first_length = 0
-        self._undecided = False
+        self.undecided = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._undecided:
+        if self.undecided:
             raise RuntimeError(_NOT_LISTENING)
         keys, values = super().update(key_states, value_states)
         new = key_states.shape[-2]
@@ -72,7 +73,7 @@ class H2OLayer(EvictingLayer):
             self.positions = torch.cat([self.positions, added.expand(*keys.shape[:2], new)], dim=-1)
         self.seen += new
         self._first_length = self._first_length or new
-        self._undecided = True
+        self.undecided = True
         return keys, values
 
     def mask_of_stored(self, mask: torch.Tensor | None, query_heads: int) -> torch.Tensor | None:
@@ -115,7 +116,7 @@ class H2OLayer(EvictingLayer):
             new = received.shape[-1] - self.scores.shape[-1]
             received = torch.nn.functional.pad(self.scores, (0, new)) + received
         self.scores = received
-        self._undecided = False
+        self.undecided = False
         self.kept = self._choose(visible)
         if self.kept is None:
             return

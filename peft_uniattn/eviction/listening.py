@@ -69,7 +69,7 @@ def disable_h2o(model: nn.Module) -> None:
     """Undo [`enable_h2o`]; without effect on a model that is as it was."""
     decoder = _decoder(model)
     for attention in _attentions(decoder):
-        if getattr(attention.config, "_attn_implementation_internal", None) != H2O_ATTENTION:
+        if attention.config._attn_implementation != H2O_ATTENTION:
             continue
         if attention.config.uniattn_h2o_stranger:
             release_attention(attention)
@@ -109,6 +109,11 @@ def h2o_attention(
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     _check_back_end(module, kwargs)
+    if not layer.undecided:
+        raise ValueError(
+            f"decoder layer {module.layer_idx} attends to keys that are not in its own layer of the H2OCache; H2O "
+            "works on ordinary models and on UniAttn's Superblocks"
+        )
     mask = layer.mask_of_stored(attention_mask, query.shape[1])
     output, probabilities = attend(module, query, key, value, mask, **kwargs)
     with torch.no_grad():
