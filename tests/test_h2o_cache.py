@@ -94,15 +94,15 @@ def test_a_number_of_tokens_gives_a_padded_row_what_it_gets_alone(float64, kind)
 
 
 @pytest.mark.parametrize("kind", ["base", "adapter"])
-def test_beam_search_takes_scores_and_positions_along_with_the_beams(float64, kind):
-    model, ids = build(kind), prompt(2, 12)
+def test_beam_search_takes_scores_along_with_the_beams(float64, kind):
+    """Short prompts and almost no recent tokens: what is kept depends on which beam a beam came from."""
+    model, ids, new = build(kind), prompt(2, 4), 14
     with h2o(model):
-        options = {"num_beams": 4, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
-        beams = generate(model, ids, H2OCache(**FEW), num_return_sequences=3, **options)
-    oracle = oracle_of(model, kind, *RULES)
-    chunks = (12, *[1] * (NEW - 1))
-    logits = expected(oracle, beams.sequences[:, :-1], chunks=chunks)[:, 11:]
-    chosen = beams.sequences[:, 12:, None]
+        options = {"num_beams": 6, "length_penalty": 0.0, "return_dict_in_generate": True, "output_scores": True}
+        beams = generate(model, ids, H2OCache(budget=4, recent=1), new=new, num_return_sequences=6, **options)
+    oracle = oracle_of(model, kind, lambda seen: min(4, seen), lambda capacity: 1)
+    logits = expected(oracle, beams.sequences[:, :-1], chunks=(4, *[1] * (new - 1)))[:, 3:]
+    chosen = beams.sequences[:, 4:, None]
     close(beams.sequences_scores, logits.log_softmax(-1).gather(-1, chosen).sum((1, 2)))
 
 
@@ -249,12 +249,11 @@ def test_scores_are_summed_in_float32_or_better():
         assert cache.layers[0].scores.dtype == wanted and cache.layers[0].keys.dtype == dtype
 
 
-def test_padding_is_kept_last_even_next_to_tokens_without_any_attention():
-    layer = H2OLayer(Budget(3, recent=1))
+def test_padding_is_kept_last_even_if_it_is_recent_and_nothing_else_got_attention():
+    layer = H2OLayer(Budget(3, recent=3))
     layer.update(torch.randn(1, 1, 5, 2), torch.randn(1, 1, 5, 2))
-    visible = torch.tensor([[[False, False, True, True, True]]])
-    layer.observe(torch.zeros(1, 1, 5), visible)
-    assert layer.positions.tolist() == [[[2, 3, 4]]]
+    layer.observe(torch.zeros(1, 1, 5), torch.tensor([[[True, True, True, False, False]]]))
+    assert layer.positions.tolist() == [[[0, 1, 2]]]
 
 
 def test_a_mask_follows_what_each_head_has_stored():
