@@ -12,7 +12,7 @@ from test_h2o import KINDS, build, expected, left_padded, oracle_of, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 
-from peft_uniattn import H2OCache, disable_h2o, enable_h2o, h2o
+from peft_uniattn import CLAConfig, H2OCache, LLMDropConfig, disable_h2o, enable_h2o, h2o, to_standalone
 from peft_uniattn.cache import kv_bytes
 from peft_uniattn.eviction import statistic
 from peft_uniattn.eviction.budget import Budget
@@ -350,6 +350,19 @@ def test_a_layer_that_stops_telling_of_its_attention_is_noticed():
     base = model.unload()  # removes what wrapping has put in, and with it the way to the attention
     with pytest.raises(RuntimeError, match="nobody told it"):
         generate(base, prompt(), cache)
+
+
+@pytest.mark.parametrize("standalone", [False, True], ids=["adapter", "standalone"])
+@pytest.mark.parametrize(
+    "config", [CLAConfig(superblock_size=2), LLMDropConfig(layers=[3, 4])], ids=["CLA", "LLMDrop"]
+)
+def test_rivals_are_refused_by_name(config, standalone):
+    model = get_peft_model(tiny_model(), config)
+    model = to_standalone(model) if standalone else model
+    with pytest.raises(
+        ValueError, match=f"H2O is not supported with {config.peft_type.value}".replace("DROP", "Drop")
+    ):
+        enable_h2o(model)
 
 
 class Reading(H2OCache):

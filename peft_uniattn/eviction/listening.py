@@ -16,7 +16,10 @@ from ..attention import intercept_attention, original_config, past_key_values, r
 from ..families import FAMILIES, Decoder, find_decoder, find_family
 from ..handover import HANDOVER
 from ..inspection import base_model
+from ..layer import UniAttnLayer
+from ..plan import SOFTMAX
 from ..standalone_modeling import MODEL_TYPE_PREFIX
+from ..tuner.layer import AttentionTunerLayer
 from .cache import H2OCache, H2OLayer
 from .statistic import received, visible_to_newest
 
@@ -51,9 +54,10 @@ def enable_h2o(model: nn.Module) -> None:
     computed before.
 
     Raises:
-        ValueError: if the architecture is not supported.
+        ValueError: if the architecture is not supported, or if the model is one of CLA or LLMDrop.
     """
     decoder = _decoder(model)
+    _check_method(decoder)
     if is_enabled(model):
         return
     for attention in _attentions(decoder):
@@ -138,6 +142,20 @@ def _check_back_end(module: nn.Module, kwargs: dict[str, Any]) -> None:
             f"attn_implementation={name!r} with {extra} is not supported with an H2OCache, which would compute the "
             'probabilities without it; use model.set_attn_implementation("eager")'
         )
+
+
+def _check_method(decoder: Decoder) -> None:
+    """Raise ValueError where layers read keys and values of others, or nothing: H2O has no decision for them."""
+    config = decoder.backbone.config
+    method = "LLMDrop" if getattr(config, "dropped_layers", None) else None
+    if getattr(config, "shared", SOFTMAX) != SOFTMAX:
+        method = "CLA"
+    for layer in range(len(decoder.layers)):
+        attention = decoder.attention(layer)
+        if isinstance(attention, AttentionTunerLayer) and not isinstance(attention, UniAttnLayer):
+            method = attention.method
+    if method:
+        raise ValueError(f"H2O is not supported with {method}; use it on the base model or with UniAttn")
 
 
 def _begin(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
