@@ -2,6 +2,7 @@
 
 from .calibration import CalibrationReport, calibrate
 from .config import UniAttnConfig
+from .eviction import H2OCache, disable_h2o, enable_h2o, h2o
 from .grouping import choose_superblocks
 from .layer import UniAttnLayer
 from .model import UniAttnModel
@@ -33,6 +34,7 @@ __all__ = [
     "CLAConfig",
     "CLAModel",
     "CalibrationReport",
+    "H2OCache",
     "LLMDropConfig",
     "LLMDropModel",
     "UniAttnConfig",
@@ -42,6 +44,9 @@ __all__ = [
     "calibrate",
     "choose_layers_to_drop",
     "choose_superblocks",
+    "disable_h2o",
+    "enable_h2o",
+    "h2o",
     "half_of",
     "measure_attention_similarity",
     "num_layers_to_drop",
