@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import close, loud, prompt, specification, tiny_adapter, tiny_model
 from datasets import Dataset
+from family_models import family_model
 from oracle import feed_forward, mix_values, rms_norm, rotary_angles, softmax_activation, unified_logits, visible
-from test_two_stage import tokenizer
+from word_tokenizer import word_tokenizer
 
 from peft_uniattn import UniAttnConfig, calibrate
 from peft_uniattn.analysis.bypass import bypassed
@@ -19,8 +20,9 @@ from peft_uniattn.analysis.compensation import Variant, compensation, follower_e
 from peft_uniattn.analysis.data import Sequences, load_sequences
 from peft_uniattn.analysis.sweep import SweepSettings, number_plans, size_plans, sweep
 from peft_uniattn.analysis.timing import times_to_first_token
-from peft_uniattn.families import find_decoder
+from peft_uniattn.families import find_decoder, find_family
 from peft_uniattn.inspection import find_adapter
+from peft_uniattn.recording import watched_attention
 from peft_uniattn.training.evaluation import held_out_scores
 
 
@@ -89,12 +91,14 @@ def test_follower_errors_do_not_depend_on_padding(float64):
             assert masked[layer].to_dict()[kind] == pytest.approx(norms, rel=1e-6)
 
 
-def test_what_is_left_on_the_fitted_tokens_is_what_calibration_reports():
-    model = loud(tiny_model())
+@pytest.mark.parametrize("family", ["llama", "olmo2", "granite"])
+def test_what_is_left_on_the_fitted_tokens_is_what_calibration_reports(family):
+    """Also where a norm or a multiplier follows attention (OLMo-2, Granite)."""
+    changes = {"residual_multiplier": 0.5} if family == "granite" else {}
     data = sequences()
     config = UniAttnConfig(task_type="CAUSAL_LM", superblock_size=3, start_layer=3)
-    found = compensation(model, config, data, [Variant("ridge", None)], progress=False)
-    adapted = tiny_adapter(loud(tiny_model()), start_layer=3)
+    found = compensation(loud(family_model(family, **changes)), config, data, [Variant("ridge", None)], progress=False)
+    adapted = tiny_adapter(loud(family_model(family, **changes)), start_layer=3)
     report = calibrate(adapted, data.batches(1, adapted.device), progress=False)
     for follower, error in zip(found["variants"][0]["followers"], report.followers, strict=True):
         assert (follower["layer"], follower["leader"]) == (error.layer, error.leader)
@@ -119,6 +123,22 @@ def test_the_share_that_random_means_would_leave_is_that_of_random_means():
     a, b = (torch.randn(40 * 10, 32 * 10, generator=generator, dtype=torch.float64) for _ in range(2))
     left = (a @ torch.linalg.lstsq(a, b).solution - b).norm() / b.norm()
     assert left.item() == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_what_attention_adds_to_the_residual_stream_is_seen(family):
+    """Also behind Gemma-2's norm and Granite's multiplier: stream and added make up what the next norm reads."""
+    model = family_model(family, **({"residual_multiplier": 0.5} if family == "granite" else {}))
+    decoder = find_decoder(model, find_family(model.config))
+    layer = decoder.layers[1]
+    name = "pre_feedforward_layernorm" if family == "gemma2" else "post_attention_layernorm"
+    read = []
+    getattr(layer, name).register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with watched_attention(decoder, [1]) as flows, torch.no_grad():
+        model(prompt())
+    flow = flows[1]
+    close(flow.stream + flow.added, read[0])
+    assert torch.equal(flow.added, flow.output) == (family == "llama")
 
 
 def test_a_bypassed_follower_adds_nothing_to_the_residual_stream(float64):
@@ -219,7 +239,7 @@ def book(tmp_path):
 
 
 def test_text_is_cut_into_pieces_of_one_length_that_do_not_overlap(book):
-    data = load_sequences(book, tokenizer(), length=8, sequences=50, held_out=30)
+    data = load_sequences(book, word_tokenizer(), length=8, sequences=50, held_out=30)
     assert data.describe() == {
         "name": "book.txt.gz",
         "sequences": 50,
@@ -235,12 +255,12 @@ def test_text_is_cut_into_pieces_of_one_length_that_do_not_overlap(book):
 
 
 def test_short_text_keeps_the_share_that_is_held_out(book):
-    data = load_sequences(book, tokenizer(), length=80, sequences=30, held_out=10)
+    data = load_sequences(book, word_tokenizer(), length=80, sequences=30, held_out=10)
     assert (len(data.fit), len(data.held_out)) == (8, 2)
 
 
 def test_the_seed_decides_which_pieces_are_used(book):
     first, second, other = (
-        load_sequences(book, tokenizer(), length=8, sequences=5, seed=seed).fit["input_ids"] for seed in (0, 0, 1)
+        load_sequences(book, word_tokenizer(), length=8, sequences=5, seed=seed).fit["input_ids"] for seed in (0, 0, 1)
     )
     assert first == second != other

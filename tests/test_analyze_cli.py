@@ -9,13 +9,11 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 from conftest import loud, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
+from word_tokenizer import word_tokenizer
 
 from peft_uniattn.cli import app
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(90))]
 ENTRIES = {"superblocks", "size", "followers", "kv_retain_rate", "loss_uncompensated", "loss", "accuracy"}
 runner = CliRunner()
 
@@ -24,12 +22,7 @@ runner = CliRunner()
 def workplace(tmp_path_factory):
     """A folder with a model, a text and instruction data."""
     folder = tmp_path_factory.mktemp("analyze")
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>"
-    )
-    tokenizer.save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
     loud(tiny_model(dtype=torch.float32, eos_token_id=2)).save_pretrained(folder / "model")
     (folder / "book.txt").write_text(" ".join(f"w{i * i % 89}" for i in range(2000)))
     rows = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i % 7} w{i + 3}"} for i in range(40)]

@@ -8,7 +8,9 @@ import random
 import pytest
 import torch
 from conftest import loud, prompt, tiny_adapter, tiny_model
+from family_models import Case
 from oracle import mix_values, rms_norm, rotary_angles, softmax_activation, visible
+from peft import get_peft_model
 
 from peft_uniattn import UniAttnConfig, choose_superblocks
 from peft_uniattn.families import find_decoder, find_family
@@ -208,3 +210,15 @@ def test_a_chosen_plan_respects_the_masks_of_the_model():
     model = tiny_model("qwen2", layer_types=types, sliding_window=4, use_sliding_window=True, max_window_layers=3)
     superblocks = choose_superblocks(model, batch(), followers=3, progress=False)
     assert all(len({types[layer] for layer in block}) == 1 for block in superblocks)
+
+
+@pytest.mark.parametrize("method", ["error", "similarity"])
+@pytest.mark.parametrize("follower_mask", ["own", "leader"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "olmo2", "granite", "phi3", "gpt_neox"])
+def test_a_choice_for_other_architectures_can_be_applied(family, follower_mask, method):
+    case = Case(family, follower_mask)
+    model = case.base()
+    settings = {"followers": 2, "follower_mask": follower_mask, "method": method, "progress": False}
+    superblocks = choose_superblocks(model, batch(), **settings)
+    assert sum(len(block) - 1 for block in superblocks) == 2
+    get_peft_model(model, UniAttnConfig(superblocks=superblocks, follower_mask=follower_mask))(prompt())

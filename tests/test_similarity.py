@@ -6,6 +6,7 @@ import flash_stand_in
 import pytest
 import torch
 from conftest import loud, prompt, tiny_adapter, tiny_model
+from family_models import family_model
 
 from peft_uniattn.analysis.similarity import softmax_similarity
 
@@ -36,6 +37,14 @@ def test_similarity_of_all_pairs_is_that_of_the_probabilities(family, back_end):
     found = softmax_similarity(model, [{"input_ids": ids}], all_pairs=True, progress=False)
     check(found, model, ids)
     assert (found.sequences, found.tokens) == (3, 36)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "phi3", "gpt_neox", "olmo3"])
+def test_softcaps_sinks_windows_and_fused_projections_are_the_models_own(family):
+    model = loud(family_model(family))
+    ids = prompt(batch=2, length=9)
+    found = softmax_similarity(model, [{"input_ids": ids}], all_pairs=True, progress=False)
+    check(found, model, ids)
 
 
 @pytest.mark.parametrize("max_elements", [1, 100, 2**26])

@@ -16,10 +16,10 @@ from ..calibration.batches import model_inputs, token_mask, token_positions
 from ..calibration.solve import PositionMeans
 from ..calibration.streams import original_model, unified_model
 from ..config import UniAttnConfig
-from ..families import find_decoder
+from ..families import Decoder, find_decoder
 from ..inspection import Adapter, find_adapter
 from ..modes import evaluation_mode
-from .bypass import watched_streams
+from ..recording import AttentionFlow, watched_attention
 from .data import Sequences
 from .unified import unified
 
@@ -86,7 +86,8 @@ def compensation(
     the compensation was fitted and on others.
 
     ε is the paper's equation 13: the difference of the residual streams after attention between the original and the
-    unified model, with the followers below compensated.
+    unified model, with the followers below compensated. (Where a norm follows attention, as in Gemma-2: the difference
+    of its outputs, every token relative to the original's, as in [`~peft_uniattn.calibrate`].)
 
     Args:
         model: a transformers model without a UniAttn adapter.
@@ -150,17 +151,30 @@ def follower_errors(
     with evaluation_mode(adapter.base):
         for index, batch in enumerate(tqdm(dataloader, "errors", unit="batch", disable=not progress, leave=False)):
             inputs = {key: value.to(adapter.base.device) for key, value in model_inputs(batch, index).items()}
-            with original_model(adapter), watched_streams(decoder, followers) as original:
+            with original_model(adapter), watched_attention(decoder, followers) as original:
                 decoder.backbone(**inputs, use_cache=False)
-            with unified_model(adapter), watched_streams(decoder, followers) as shared:
+            with unified_model(adapter), watched_attention(decoder, followers) as shared:
                 decoder.backbone(**inputs, use_cache=False)
             real, position = token_mask(inputs), token_positions(inputs)
             for layer in followers:
-                _, x, stream = shared[layer]
-                mask = real.to(x.device)
-                after = (original[layer][2].double() - stream.double())[mask]
-                before = after + adapter.layers[layer]._compensate(x, adapter.name).double()[mask]
+                flow = shared[layer]
+                mask = real.to(flow.x.device)
+                compensated = adapter.layers[layer]._compensate(flow.x, adapter.name)
+                before, after = _errors(decoder, layer, original[layer], flow, compensated)
                 if layer not in errors:
-                    errors[layer] = FollowerError(size, x.device)
-                errors[layer].add(before, after, position.to(x.device)[mask])
+                    errors[layer] = FollowerError(size, mask.device)
+                errors[layer].add(before[mask], after[mask], position.to(mask.device)[mask])
     return errors
+
+
+def _errors(
+    decoder: Decoder, layer: int, original: AttentionFlow, unified: AttentionFlow, compensated: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ε before and after compensation in float64, in the units in which `calibrate` fits it."""
+    after, compensated = original.output.double() - unified.output.double(), compensated.double()
+    if decoder.normalises_attention(layer):
+        size = original.output.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        after, compensated = after / size, compensated / size
+    else:
+        after += (original.stream.double() - unified.stream.double()) / decoder.residual_multiplier(layer)
+    return after + compensated, after

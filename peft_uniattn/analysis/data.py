@@ -10,8 +10,9 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..quickstart.data import FILE_KINDS, load_examples
+from ..quickstart.data import load_examples
 from ..training.data import batches, tokenize
+from ..training.data.sources import read
 
 TEXT_ENDINGS = (".txt", ".raw", ".md")
 
@@ -107,9 +108,7 @@ def _read_text(dataset: str) -> Dataset | None:
         if not path.is_file():
             raise FileNotFoundError(f"dataset={dataset!r}: there is no such file")
         return load_dataset("text", data_files=str(path), sample_by="document", split="train")
-    if any(path.name.endswith(kind) for kind in FILE_KINDS):
-        return None
-    parts = load_dataset(dataset)
+    parts = read(dataset)
     rows = parts["train"] if "train" in parts else next(iter(parts.values()))
     return rows if "text" in rows.column_names else None
 

@@ -21,7 +21,7 @@ from ..families import Decoder
 from ..handover import Handover
 from ..modes import evaluation_mode
 from ..plan import may_share
-from ..recording import intercepted
+from ..recording import AttentionFlow, intercepted, watched_attention
 
 
 @dataclass(frozen=True)
@@ -165,15 +165,15 @@ class _Pass:
         for batch in range(self.batches):
             inputs, hidden = self.spill.get(batch, "inputs"), self.spill.get(batch, "hidden")
             handover = Handover()
-            output, x, attention = self.runner.run(inputs, layer, hidden, handover)
+            with watched_attention(self.decoder, [layer]) as flows:
+                output, x, _ = self.runner.run(inputs, layer, hidden, handover)
             self.spill.put(batch, "hidden", output)
             self.spill.put(batch, self._slot(layer), pack_leader(handover.take(layer)))
             if leaders:
                 statistics = statistics or _Statistics(x.shape[-1], len(leaders), x.device)
+                tokens = self._compare(layer, leaders, flows[layer], hidden, batch)
                 real = token_mask(inputs).to(x.device)
-                errors = [attention - self._under(leader, layer, x, batch) for leader in leaders]
-                errors = torch.stack([_widened(error)[real] for error in errors], dim=1)
-                statistics.add(_widened(x)[real], errors, _widened(hidden.to(x.device) + attention)[real])
+                statistics.add(*(tensor[real] for tensor in tokens))
                 if not statistics.ee.isfinite().all():
                     raise ValueError(
                         f"activations are not finite in decoder layer {layer}, batch {batch}; check that batch and "
@@ -181,6 +181,16 @@ class _Pass:
                     )
             bar.update()
         return statistics
+
+    def _compare(
+        self, layer: int, leaders: list[int], flow: AttentionFlow, hidden: torch.Tensor, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, ε under each leader and the residual stream, as [`_Statistics.add`] takes them, of (batch, length)."""
+        added, own = _widened(flow.added), _widened(flow.output)
+        # A norm or multiplier behind attention scales errors as it scales the output.
+        scale = added.norm(dim=-1, keepdim=True) / own.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        errors = [(own - _widened(self._under(leader, layer, flow.x, batch))) * scale for leader in leaders]
+        return _widened(flow.x) * scale, torch.stack(errors, dim=2), _widened(hidden.to(added.device)) + added
 
     def _under(self, leader: int, layer: int, x: torch.Tensor, batch: int) -> torch.Tensor:
         handover = unpack_leader(self.decoder.attention(leader), self.spill.get(batch, self._slot(leader)))
