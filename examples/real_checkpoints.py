@@ -110,7 +110,7 @@ def main(
     def measure(step: str, answering: bool = False) -> None:
         losses[step] = held_out_loss(model, test, tokenizer.pad_token_id)
         if answering:
-            answers[step] = [sample_answer(model, tokenizer, ids, max_new_tokens=new_tokens) for ids in prompts]
+            answers[step] = [sample_answer(model, tokenizer, ids, max_new_tokens=new_tokens) for ids in asked]
         print(f"{step}: held-out loss {losses[step]:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
 
     measure("base", answering=True)
