@@ -71,7 +71,8 @@ class Reproduction:
         rows = list({cell.name: cell for name in self.tables for cell in cells(name, found)}.values())
         for row in rows:
             steps_of(row, shared, self.stage1_share)
-        work = [(cell, seed) for cell in rows for seed in self._seeds(cell)]
+        # One seed of all rows before the next, so that an early stop leaves a whole table. Untrained rows have one.
+        work = [(row, seed) for seed in self.seeds for row in rows if row.stages or seed == self.seeds[0]]
         results = {}
         with tqdm(total=len(work), desc="reproducing", unit="row") as bar:
             for result in self._results(work):
@@ -82,10 +83,6 @@ class Reproduction:
         write_atomically(self.directory / "table.md", table(ordered) + "\n")
         plot(ordered, self.directory / "accuracy.svg", caption=self._caption(ordered))
         return ordered
-
-    def _seeds(self, cell: Cell) -> tuple[int, ...]:
-        """An untrained row is the same with every seed."""
-        return self.seeds if cell.stages else self.seeds[:1]
 
     def _results(self, work: Sequence[tuple[Cell, int]]) -> Iterator[CellResult]:
         run = partial(
