@@ -190,7 +190,7 @@ def follow(
         adds, source = compensation.design.adds, compensation.design.source(hidden_states, value)
     if past_key_values is not None:
         value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
-    heads, probabilities = _share(value, leader)
+    heads, probabilities = share_softmax(value, leader)
     if adds == HEADS:
         heads = heads + compensation.linear(source).view_as(heads)
     output = family.project_output(attention, heads)
@@ -216,7 +216,17 @@ def past_key_values(kwargs: dict[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
-def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
+def share_softmax(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    s_leader · V by the leader's own back end.
+
+    Args:
+        value: V of any width, (batch, key/value heads, key length, width).
+        leader: what the leader handed over.
+
+    Returns:
+        (batch, query length, query heads, width), and s or None where the back end does not form it.
+    """
     device = value.device
     if leader.shared is not None:
         return leader.shared.to(device).apply(value), None

@@ -60,9 +60,9 @@ def example(number: int) -> dict:
     }
 
 
-def write_inputs(directory: Path, *, rows: int = 40) -> dict[str, str]:
-    """A base model with its tokenizer, and a file of examples; returns the flags that name them."""
-    base = tiny_model(vocab_size=len(WORDS), dtype=torch.float32, eos_token_id=2, pad_token_id=0)
+def write_inputs(directory: Path, *, rows: int = 40, **model: object) -> dict[str, str]:
+    """A base model (see `tiny_model`) with its tokenizer, and a file of examples; returns the flags that name them."""
+    base = tiny_model(vocab_size=len(WORDS), dtype=torch.float32, eos_token_id=2, **model)
     base.save_pretrained(directory / "base")
     tokenizer().save_pretrained(directory / "base")
     (directory / "data.jsonl").write_text("".join(json.dumps(example(number)) + "\n" for number in range(rows)))

@@ -252,10 +252,16 @@ def test_a_rival_with_stages_that_it_does_not_have_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--method", "llmdrop"], ["--dropped_layers", "3"], ["--method", "cla", "--rank", "4"]]
+    "wrong",
+    [
+        ["--method", "llmdrop"],
+        ["--dropped_layers", "3"],
+        ["--method", "llmdrop", "--dropped_layers", "3", "--superblocks", "0-2"],
+        ["--method", "cla", "--rank", "4"],
+    ],
 )
 def test_arguments_of_another_method_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"dropped_layers=|rank="):
+    with pytest.raises(ValueError, match=r"^(dropped_layers|superblocks|rank)="):
         parse_arguments([*wrong, "--stages", "stage2", "--use_cpu", "true"])
 
 

@@ -150,6 +150,14 @@ def test_the_divergence_and_its_gradients_are_those_of_the_formula(transform, te
     assert hidden[1].grad is None and all(p.grad is None for p in teacher.parameters())
 
 
+def test_no_logits_are_kept_for_the_backward_pass():
+    student, teacher, kept = Headed(LlamaConfig(), 1), Headed(LlamaConfig(), 2), []
+    hidden = [torch.randn(64, 16, requires_grad=True) for _ in range(2)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        divergence(student, hidden[0], teacher, hidden[1], 1.0).backward()
+    assert max(kept) == 64 * 16, "hidden states, of which there are more than weights, and fewer than 64 x 50 logits"
+
+
 def test_the_residual_error_is_a_relative_square_and_its_gradient_is_exact():
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 8, dtype=torch.float64, requires_grad=True), torch.randn(5, 8).double()

@@ -1,5 +1,7 @@
 """On a real model: what calibration and the two stages promise (SmolLM2-135M, some minutes of CPU)."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -7,9 +9,11 @@ from peft import get_peft_model
 from peft_uniattn import UniAttnConfig, calibrate
 from peft_uniattn.quickstart.checkpoint import load_checkpoint
 from peft_uniattn.quickstart.data import load_examples
+from peft_uniattn.quickstart.demonstration import demonstration, tokenized
+from peft_uniattn.training.arguments import PlanArguments
 from peft_uniattn.training.data import batches, tokenize
 from peft_uniattn.training.evaluation import held_out_loss
-from peft_uniattn.training.two_stage import TwoStageRun, TwoStageSettings
+from peft_uniattn.training.two_stage import TwoStageRun
 
 pytestmark = pytest.mark.slow
 
@@ -38,19 +42,18 @@ def test_ridge_beats_the_pseudoinverse_which_beats_no_compensation():
 
 
 def test_each_step_of_the_two_stages_lowers_the_held_out_loss(tmp_path):
+    arguments = demonstration(
+        tmp_path / "run",
+        plan=PlanArguments(),
+        max_length=128,
+        calibration_examples=32,
+        held_out_examples=12,
+        stage1_steps=10,
+        stage2_steps=10,
+        compare_with_base=False,
+    )
     run = TwoStageRun(
-        output_dir=tmp_path / "run",
-        load_base=load_checkpoint,
-        data=load_examples(),
-        data_name="reference manual",
-        settings=TwoStageSettings(
-            max_length=128,
-            calibration_examples=32,
-            held_out_examples=12,
-            stage1_steps=10,
-            stage2_steps=10,
-            compare_with_base=False,
-        ),
+        arguments, load_base=load_checkpoint, load_examples=partial(tokenized, load_examples(), arguments)
     )
     receipt = run.run()
     losses = receipt.losses

@@ -33,6 +33,7 @@ def test_bfloat16_and_gradient_checkpointing_by_flag_end_near_full_precision(inp
         assert mixed == pytest.approx(full, abs=0.05)
 
 
-def test_a_four_bit_base_takes_calibration_and_stage_1(inputs, tmp_path):
+def test_a_four_bit_base_takes_calibration_and_stage_1(tmp_path):
+    inputs = recipe_runs.write_inputs(tmp_path, hidden_size=64, intermediate_size=128)  # bitsandbytes' blocks are 64
     receipt = main(recipe_runs.flags(inputs, tmp_path / "run", load_in_4bit=True, stages="calibrate,stage1"))
     assert list(receipt.losses) == ["base", "unified, no compensation", "calibrated", "after stage 1"]

@@ -15,8 +15,6 @@ from ..families import Decoder
 from ..handover import HANDOVER, Handover, LeaderState
 from ..inspection import Adapter
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-
 
 class Spill:
     """Tensors on disk, by batch and name: memory use does not grow with the number of samples."""

@@ -80,6 +80,7 @@ def quickstart(
             load_base=lambda: load_checkpoint(model),
             load_examples=partial(tokenized, data, arguments),
             data_name=dataset or "Python's reference manual (pydoc_data.topics)",
+            question=data["test"][0]["prompt"][-1]["content"],
         )
         receipt = run.run()
         show(receipt)

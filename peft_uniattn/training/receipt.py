@@ -41,7 +41,7 @@ class Receipt:
         superblocks: lists of layer indices, the leader first.
         num_layers: decoder layers of the model.
         kv_bytes_before: KV cache bytes per token of the base, measured.
-        kv_bytes_after: with the softmax shared, measured.
+        kv_bytes_after: with the softmax shared, measured; that of the base where nothing was unified.
         adapter_parameters: parameters of the compensation.
         adapter_bytes: size of the adapter's safetensors file; None if no adapter was saved.
         losses: held-out loss in nats per completion token, by step, in the order of the steps.

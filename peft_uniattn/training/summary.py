@@ -33,7 +33,16 @@ _HYPERPARAMETERS = (
     "bf16",
     "seed",
 )
-_PLAN = ("method", "superblock_size", "start_layer", "end_layer", "superblocks", "follower_mask", "rank")
+_PLAN = (
+    "method",
+    "superblock_size",
+    "start_layer",
+    "end_layer",
+    "superblocks",
+    "follower_mask",
+    "rank",
+    "dropped_layers",
+)
 _LOSSES = 10
 # What the steps are called in the journal and where they are shown.
 STEPS = {"calibrate": "calibration", "stage1": "stage 1", "stage2": "stage 2", "plain": "fine-tuned base"}
@@ -46,13 +55,14 @@ _SHOWN = {
 }
 
 
-def make_receipt(results: dict[str, Any], data_name: str) -> Receipt:
+def make_receipt(results: dict[str, Any], data_name: str, question: str | None = None) -> Receipt:
     """
     The receipt of what has been done so far.
 
     Args:
         results: of the steps, as the journal has them.
         data_name: what to call the data.
+        question: how to show the held-out question. Default: the text of its prompt.
     """
     plan, base = results["plan"], results["base"]
     measured = {name: results[step] for step, name in _SHOWN.items() if step in results}
@@ -68,11 +78,11 @@ def make_receipt(results: dict[str, Any], data_name: str) -> Receipt:
         superblocks=plan["superblocks"],
         num_layers=plan["num_layers"],
         kv_bytes_before=base["kv_bytes"],
-        kv_bytes_after=unified[-1]["kv_bytes"],
+        kv_bytes_after=[base, *unified][-1]["kv_bytes"],
         adapter_parameters=plan["adapter_parameters"],
         adapter_bytes=sizes[-1] if sizes else None,
         losses={name: loss for name, loss in losses.items() if loss is not None},
-        prompt=base["prompt"],
+        prompt=question or base["prompt"],
         answers={name: step["answer"] for name, step in measured.items() if step["answer"] is not None},
         evaluations={name: step["evaluation"] for name, step in measured.items() if step["evaluation"]},
         reload_difference=results.get("stage 2", {}).get("reload_difference"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..compensation import NONE
 from .arguments import STAGES, Arguments
 from .distributed import is_main_process, on_main_process
 from .journal import Journal
@@ -35,6 +36,7 @@ class TwoStageRun:
             one. Default: what the arguments name.
         load_examples: returns the data for a tokenizer. Default: what the arguments name.
         data_name: what to call the data in the receipt.
+        question: how to show the first held-out question there. Default: the text of its prompt.
 
     Raises:
         ValueError: if the arguments name no model, or an evaluation that cannot be imported.
@@ -47,10 +49,12 @@ class TwoStageRun:
         load_base: LoadBase | None = None,
         load_examples: LoadExamples | None = None,
         data_name: str | None = None,
+        question: str | None = None,
     ) -> None:
         self.arguments = arguments
         self.output_dir = Path(arguments.training.output_dir)
         self.data_name = data_name or ", ".join(arguments.data.dataset_name or [])
+        self._question = question
         self._steps = Steps(arguments, load_base=load_base, load_examples=load_examples)
 
     def run(self) -> Receipt:
@@ -74,7 +78,7 @@ class TwoStageRun:
             steps.check_data(journal.results["base"])
         for name, action in actions.items():
             self._do(journal, name, action)
-        receipt = make_receipt(journal.results, self.data_name)
+        receipt = make_receipt(journal.results, self.data_name, self._question)
         if is_main_process():
             self._finish(journal, receipt)
         return receipt
@@ -93,10 +97,12 @@ class TwoStageRun:
         return starts
 
     def _check_start(self, stage: str, start: str | None, done: dict[str, Any] | None) -> None:
-        if stage == "stage2" and start is None and self.arguments.plan.method == "uniattn":
+        plan, recipe = self.arguments.plan, self.arguments.recipe
+        compensated = plan.method == "uniattn" and plan.compensation != NONE
+        if stage == "stage2" and start is None and compensated and not recipe.zero_init:
             raise ValueError(
-                f"stages={self.arguments.recipe.stages!r}: stage 2 needs an adapter, and {self.output_dir} has none; "
-                "give one by adapter, or run stage1 before it"
+                f"stages={recipe.stages!r}: stage 2 needs an adapter, and {self.output_dir} has none; give one by "
+                "adapter, run stage1 before it, or say zero_init to start from W_c = 0"
             )
         if done is not None and done["start"] != start:
             raise ValueError(
