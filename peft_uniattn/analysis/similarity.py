@@ -90,7 +90,7 @@ def softmax_similarity(
     with intercepted(decoder, range(layers)), evaluation_mode(model):
         bar = tqdm(dataloader, desc="similarity", unit="batch", disable=not progress, leave=False)
         for ids in _sequences(bar):
-            handover = _WithoutProbabilities()
+            handover = _WithoutProbabilities(keep=True)
             decoder.backbone(input_ids=ids.to(device), use_cache=False, **{HANDOVER: handover})
             states = [handover.take(layer) for layer in range(layers)]
             totals += _cosines(_gram(states, all_pairs=all_pairs, max_elements=max_elements))
