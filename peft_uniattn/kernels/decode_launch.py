@@ -10,6 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import decode_triton as kernels
+from . import shared_triton
 
 INTERPRETED = not isinstance(kernels.leader_split, triton.JITFunction)
 
@@ -155,7 +156,7 @@ def select(sums, factors, bound):
     """
     kept, count, dropped = select_outputs(sums)
     blocks, group = sums.shape[-2:]
-    kernels.select[(count.numel(),)](
+    shared_triton.select[(count.numel(),)](
         sums, sums if factors is None else factors, kept, count, dropped, blocks, bound, GROUP=group,
         GROUP_PADDED=triton.next_power_of_2(group), BLOCKS_PADDED=triton.next_power_of_2(blocks),
         FACTORS=factors is not None,
@@ -175,7 +176,7 @@ def normalise(weights, factors, length):
     """Probabilities (batch, query heads, 1, length) of weights and factors."""
     batch, kv_heads, blocks, group, block = weights.shape
     probabilities = weights.new_empty(batch, kv_heads * group, 1, length)
-    kernels.normalise[(triton.cdiv(length, 1024), batch * kv_heads * group)](
+    shared_triton.normalise[(triton.cdiv(length, 1024), batch * kv_heads * group)](
         weights, factors, probabilities, length, blocks, GROUP=group, BLOCK=block, TILE=1024
     )
     return probabilities
@@ -186,7 +187,7 @@ def mask_span(mask):
     """The span of each part of a mask's length, (1 or batch, parts, 2), of a mask (1 or batch, 1, 1, length)."""
     batch, length = mask.shape[0], mask.shape[3]
     span = torch.empty(batch, span_parts(length), 2, dtype=torch.int32, device=mask.device)
-    kernels.mask_span[(span.shape[1], batch)](
+    shared_triton.mask_span[(span.shape[1], batch)](
         *_mask_pointer(mask, mask), span, length, **_mask_kind(mask), CHUNK=_SPAN_CHUNK
     )
     return span
