@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.peft_types import PeftType
 from rivals_oracle import rival_logits
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache, cache_utils
 
 from peft_uniattn import CLAConfig, LLMDropConfig, UniAttnConfig, calibrate, to_standalone
 from peft_uniattn.cache import cache_nothing, kv_bytes
@@ -175,6 +175,20 @@ def test_a_static_cache_that_was_made_in_advance_gives_its_room_back(method, ids
     full = kv_bytes(cache)
     model(ids, past_key_values=cache)
     assert kv_bytes(cache) == full * find_adapter(model).plan.kv_retain_rate
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="needs transformers with an fp8 cache")
+@every_method
+def test_a_quantized_cache_shrinks_as_much(method, ids):
+    model = adapter(method, dtype=torch.float32, hidden_size=256)
+    cache, other = (QuantizedCache("fp8", model.config) for _ in range(2))
+    for part in (ids, ids[:, :1]):
+        model(part, past_key_values=cache)
+        with model.disable_adapter():
+            model(part, past_key_values=other)
+    assert cache.get_seq_length() == other.get_seq_length() == 10
+    assert kv_bytes(cache) == kv_bytes(other) * find_adapter(model).plan.kv_retain_rate > 0
 
 
 @torch.no_grad()
