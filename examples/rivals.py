@@ -80,7 +80,7 @@ def main(
     calibration_sequences: int = 64,
     held_out_sequences: int = 32,
     length: int = 256,
-    ridge: float = 1e-2,
+    designs: Annotated[bool, typer.Option(help="Also calibrate every design of compensation.")] = True,
 ) -> None:
     """Compare all methods on texts, without training."""
     model, tokenizer, name = load_checkpoint(checkpoint)
@@ -95,7 +95,9 @@ def main(
     layers = len(similarity)
     plan = UniAttnConfig().make_plan(layers)
     cla = CLAConfig().make_plan(layers)
-    methods = {f"UniAttn, {design}": UniAttnConfig(compensation=design) for design in ["none", *DESIGNS]}
+    methods = {
+        f"UniAttn, {design}": UniAttnConfig(compensation=design) for design in ["none", *(DESIGNS if designs else ())]
+    }
     for variant, half in (("Full", False), ("Half", True)):
         blocks = (half_of(cla) if half else cla).superblocks
         methods[f"CLA-{variant}"] = CLAConfig(superblocks=[list(block) for block in blocks])
@@ -104,7 +106,7 @@ def main(
     for method, config in methods.items():
         peft_model = get_peft_model(model, config).eval()
         if isinstance(config, UniAttnConfig) and config.compensation != "none":
-            calibrate(peft_model, train, ridge=ridge)
+            calibrate(peft_model, train)
         rows[method] = {
             "held_out_loss": loss(peft_model, test),
             **cached(peft_model, ids),
