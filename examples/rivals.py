@@ -83,7 +83,7 @@ def main(
     designs: Annotated[bool, typer.Option(help="Also calibrate every design of compensation.")] = True,
 ) -> None:
     """Compare all methods on texts, without training."""
-    model, tokenizer, name = load_checkpoint(checkpoint)
+    model, tokenizer, _ = load_checkpoint(checkpoint)
     model.eval()
     train = sequences(calibration_text, tokenizer, calibration_sequences, length)
     test = sequences(held_out_text, tokenizer, held_out_sequences, length)
@@ -119,7 +119,7 @@ def main(
     report = {
         # Names only: whose machine it was does not matter.
         "command": " ".join(["python", "examples/rivals.py", *(part.rsplit("/", 1)[-1] for part in sys.argv[1:])]),
-        "base": name,
+        "base": Path(checkpoint).name,
         "similarity": similarity,
         "methods": rows,
         "seconds": time.perf_counter() - started,
