@@ -14,8 +14,8 @@ from trl import SFTTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
 from ...inspection import base_model, find_adapter
-from ...model import trainable_base_parameters
 from ...modes import evaluation_mode, without_adapters
+from ...tuner.model import trainable_base_parameters
 from .arguments import DistillationArguments
 from .comparison import LAST, Comparison, predicting, watch
 
