@@ -23,6 +23,9 @@ from ..recording import AttentionFlow, watched_attention
 from .data import Sequences
 from .unified import unified
 
+# Of the designs of the paper's Table 8, the one whose error is that of equation 13.
+MEASURED_DESIGN = "attention_output"
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -143,7 +146,14 @@ def follower_errors(
         adapter: of a calibrated or trained model.
         dataloader: batches as for [`~peft_uniattn.calibrate`].
         progress: show a progress bar.
+
+    Raises:
+        ValueError: if the compensation is not one that reads the input of attention and adds to its output.
     """
+    if adapter.compensation != MEASURED_DESIGN:
+        raise ValueError(
+            f"compensation={adapter.compensation!r} is not measured here; use compensation={MEASURED_DESIGN!r}"
+        )
     followers = adapter.plan.followers
     decoder = find_decoder(adapter.base, adapter.layers[followers[0]].family)
     size = adapter.layers[followers[0]].hidden_size
