@@ -106,6 +106,7 @@ def compensation(
         of what it approximates; "variants": each with `method`, `rank` and `followers`, which hold `layer`, `leader`,
         and for "fit" and "held_out" what [`FollowerError.to_dict`] says.
     """
+    _check_design(config.compensation)
     length, size = max(map(len, data.fit["input_ids"])), model.config.get_text_config(decoder=True).hidden_size
     results = []
     for variant in tqdm(variants, desc="compensation", unit="variant", disable=not progress):
@@ -150,10 +151,7 @@ def follower_errors(
     Raises:
         ValueError: if the compensation is not one that reads the input of attention and adds to its output.
     """
-    if adapter.compensation != MEASURED_DESIGN:
-        raise ValueError(
-            f"compensation={adapter.compensation!r} is not measured here; use compensation={MEASURED_DESIGN!r}"
-        )
+    _check_design(adapter.compensation)
     followers = adapter.plan.followers
     decoder = find_decoder(adapter.base, adapter.layers[followers[0]].family)
     size = adapter.layers[followers[0]].hidden_size
@@ -175,6 +173,11 @@ def follower_errors(
                     errors[layer] = FollowerError(size, mask.device)
                 errors[layer].add(before[mask], after[mask], position.to(mask.device)[mask])
     return errors
+
+
+def _check_design(design: str) -> None:
+    if design != MEASURED_DESIGN:
+        raise ValueError(f"compensation={design!r} is not measured here; use compensation={MEASURED_DESIGN!r}")
 
 
 def _errors(
