@@ -106,6 +106,12 @@ def test_what_is_left_on_the_fitted_tokens_is_what_calibration_reports(family):
         assert left == pytest.approx(error.after / error.before, rel=1e-4)
 
 
+def test_other_designs_of_compensation_are_refused():
+    config = UniAttnConfig(task_type="CAUSAL_LM", superblock_size=3, start_layer=3, compensation="ffn_output")
+    with pytest.raises(ValueError, match="compensation='ffn_output' is not measured here"):
+        compensation(loud(tiny_model()), config, sequences(), [Variant("ridge", None)], progress=False)
+
+
 def test_the_share_that_random_means_would_leave_is_that_of_random_means():
     """The ratio of Theorem G.1's expectation to the norm of B, and a simulation of it."""
     found = compensation(

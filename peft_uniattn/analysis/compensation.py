@@ -23,6 +23,9 @@ from ..recording import AttentionFlow, watched_attention
 from .data import Sequences
 from .unified import unified
 
+# Of the designs of the paper's Table 8, the one whose error is that of equation 13.
+MEASURED_DESIGN = "attention_output"
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -103,6 +106,7 @@ def compensation(
         of what it approximates; "variants": each with `method`, `rank` and `followers`, which hold `layer`, `leader`,
         and for "fit" and "held_out" what [`FollowerError.to_dict`] says.
     """
+    _check_design(config.compensation)
     length, size = max(map(len, data.fit["input_ids"])), model.config.get_text_config(decoder=True).hidden_size
     results = []
     for variant in tqdm(variants, desc="compensation", unit="variant", disable=not progress):
@@ -143,7 +147,11 @@ def follower_errors(
         adapter: of a calibrated or trained model.
         dataloader: batches as for [`~peft_uniattn.calibrate`].
         progress: show a progress bar.
+
+    Raises:
+        ValueError: if the compensation is not one that reads the input of attention and adds to its output.
     """
+    _check_design(adapter.compensation)
     followers = adapter.plan.followers
     decoder = find_decoder(adapter.base, adapter.layers[followers[0]].family)
     size = adapter.layers[followers[0]].hidden_size
@@ -165,6 +173,11 @@ def follower_errors(
                     errors[layer] = FollowerError(size, mask.device)
                 errors[layer].add(before[mask], after[mask], position.to(mask.device)[mask])
     return errors
+
+
+def _check_design(design: str) -> None:
+    if design != MEASURED_DESIGN:
+        raise ValueError(f"compensation={design!r} is not measured here; use compensation={MEASURED_DESIGN!r}")
 
 
 def _errors(

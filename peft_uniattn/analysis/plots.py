@@ -23,6 +23,7 @@ _STYLES = [
     {"marker": "v", "linestyle": (0, (1, 1)), "color": "0.1"},
     {"marker": "P", "linestyle": (0, (5, 1)), "color": "0.6"},
 ]
+_CHARACTERS_PER_INCH = 15  # of a caption
 _LOSS = "held-out loss\n(nats per token)"
 _ACCURACY = "held-out next-token\naccuracy (%)"
 _TTFT = "time to first token\n(% of the base model)"
@@ -43,7 +44,8 @@ def plot(record: Record, path: Path) -> None:
     # Without a date and with a fixed salt, the same result gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "peft_uniattn", "font.size": 9}):
         figure = _DRAW[record.analysis](record)
-        figure.supxlabel("\n".join(textwrap.wrap(record.caption, 105)), fontsize=7, color="0.3")
+        width = int(_CHARACTERS_PER_INCH * figure.get_figwidth())
+        figure.supxlabel("\n".join(textwrap.wrap(record.caption, width)), fontsize=7, color="0.3")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -149,7 +151,7 @@ def _depth(record: Record) -> Figure:
 
 def _compensation(record: Record) -> Figure:
     results = record.results
-    figure, axes = _panels(1, 2, width=9, height=3.6)
+    figure, axes = _panels(1, 2, width=9, height=4)
     panels = (
         (axes[0], "means", "fit", "per-position means, the sequences\nit was fitted to (Appendix G)"),
         (axes[1], "tokens", "held_out", "all tokens, held-out sequences"),
@@ -166,7 +168,7 @@ def _compensation(record: Record) -> Figure:
         _label(axis, "follower (layer)", "error left, ‖ε − x·W_c‖ / ‖ε‖ (%)")
     random = results["random_left_percent"]
     axes[0].axhline(random, color="0.4", linestyle=":", label=f"Gaussian random means: {random:.1f} %")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7, frameon=False)
     return figure
 
 
