@@ -12,8 +12,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peft_uniattn import UniAttnConfig, UniAttnLayer
-from peft_uniattn.attention import apply_probabilities, decode_probabilities, original_config
-from peft_uniattn.handover import Handover
+from peft_uniattn.attention import apply_probabilities, decode_probabilities, leader_attention, original_config
+from peft_uniattn.handover import HANDOVER, Handover
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -395,9 +395,11 @@ def test_an_unsupported_back_end_is_refused_at_run_time(grad, length, other_back
         model(prompt(length=length))
 
 
-def test_continuous_batching_is_refused():
+def test_a_paged_cache_handed_to_the_attention_function_is_refused():
+    attention = attention_of(llama(), BLOCKS[0][0]).get_base_layer()
+    states = torch.zeros(1, 4, 3, 8)
     with pytest.raises(ValueError, match="continuous batching is not supported"):
-        llama()(prompt(), cache=object())
+        leader_attention(attention, states, states, states, None, cache=object(), **{HANDOVER: Handover()})
 
 
 def test_the_models_own_configuration_keeps_the_real_back_end():

@@ -238,18 +238,20 @@ class _Calibration:
         self.spill.put(batch, "next_original", output)
         unified_output, hidden_states, attention = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
         x = self.adapter.layers[layer].compensation_source(self.adapter.name, hidden_states).double()
-        original_attention = original_attention.double()
-        error = original_attention - attention.double()
         if self.design.adds == FFN_OUTPUT:
             error = output.double() - unified_output.double()
         elif self.decoder.normalises_attention(layer):
-            size = original_attention.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-            x, error, original_attention = x / size, error / size, original_attention / size
+            size = original_attention.double().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            error = (original_attention.double() - attention.double()) / size
+            x, original_attention = x / size, original_attention.double() / size
         else:
-            error += (original.double() - unified.double()) / self.decoder.residual_multiplier(layer)
+            # Added as the model adds them, in its own data type.
+            scale = self.decoder.residual_multiplier(layer)
+            error = (original + original_attention * scale).double() - (unified + attention * scale).double()
+            error /= scale
         real = token_mask(inputs).to(x.device)
         positions = token_positions(inputs).to(x.device)
-        return x[real], error[real], original_attention[real], positions[real]
+        return x[real], error[real], original_attention.double()[real], positions[real]
 
     def _solve(self, tokens: TokenStatistics, means: PositionMeans) -> tuple[torch.Tensor, ...]:
         if self.method == "ridge":
