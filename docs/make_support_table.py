@@ -26,7 +26,7 @@ WRAPPERS = {
     ("test_a_step_under_deepspeed", "zero2"): "ZeRO-2",
     ("test_a_step_under_deepspeed", "zero3"): "ZeRO-3",
     ("test_a_standalone_model_can_be_offloaded", None): "device_map",
-    ("test_a_standalone_model_runs_and_trains_under_tensor_parallelism", None): "tensor parallel",
+    ("test_a_model_runs_and_trains_under_tensor_parallelism", None): "tensor parallel",
     ("test_flex_attention", None): "flex",
     ("test_a_quantized_base", "4bit"): "4-bit base",
     ("test_a_quantized_base", "8bit"): "8-bit base",
@@ -41,7 +41,7 @@ back end for the family, or because the column is run for a few families only. N
 family, but that is an expectation and no result.
 
 "training" includes non-reentrant checkpointing, as do DDP, FSDP and ZeRO, which run on two ranks, once with an adapter
-and once with a standalone model. "device_map" and "tensor parallel": the standalone model, the former with part of a
+and once with a standalone model. So does "tensor parallel". "device_map": the standalone model, with part of a
 Superblock fetched from disk; over two GPUs it is tested with Llama (`tests/test_parallel.py`, marked `gpu`). "flex":
 inference. Back ends that need a GPU are in [generation.md](generation.md); other caches are tested with Llama, Mistral
 and Qwen-2 there.

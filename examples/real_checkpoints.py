@@ -24,7 +24,7 @@ from peft_uniattn import UniAttnConfig, calibrate
 from peft_uniattn.inspection import find_adapter
 from peft_uniattn.quickstart.checkpoint import load_checkpoint
 from peft_uniattn.quickstart.data import load_examples
-from peft_uniattn.training.data import batches, tokenize
+from peft_uniattn.training.data import IGNORE, batches, tokenize
 from peft_uniattn.training.evaluation import held_out_loss, sample_answer
 from peft_uniattn.training.receipt import environment, measured_kv_bytes_per_token
 
@@ -36,12 +36,14 @@ QUESTIONS = (
 
 
 @torch.no_grad()
-def surprise(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[dict], answer: str) -> float:
-    """Mean cross-entropy, in nats per token, of an answer under `model`."""
-    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    ids = [tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in (start, answer)]
-    labels = torch.cat([torch.full_like(ids[0], -100), ids[1]], dim=1)
-    return model(torch.cat(ids, dim=1).to(model.device), labels=labels.to(model.device)).loss.item()
+def surprise(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: str) -> float | None:
+    """Mean cross-entropy, in nats per token, of an answer under `model`; None where nothing was answered."""
+    answered = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not answered:
+        return None
+    ids = torch.tensor([prompt + answered], device=model.device)
+    labels = torch.tensor([[IGNORE] * len(prompt) + answered], device=model.device)
+    return model(ids, labels=labels).loss.item()
 
 
 def repetition(answer: str) -> float:
@@ -100,17 +102,15 @@ def main(
     model, tokenizer, loaded_name = load_checkpoint(checkpoint, dtype=getattr(torch, dtype))
     train = tokenize(examples["train"].shuffle(seed=seed), tokenizer, max_length).dataset
     test = tokenize(examples["test"].select(range(held_out_examples)), tokenizer, max_length).dataset
-    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    prompts = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-        for prompt in asked
-    ]
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    asked = [list(tokenizer.apply_chat_template(chat, **options)["input_ids"]) for chat in chats]
     losses, answers = {}, {}
 
     def measure(step: str, answering: bool = False) -> None:
         losses[step] = held_out_loss(model, test, tokenizer.pad_token_id)
         if answering:
-            answers[step] = [sample_answer(model, tokenizer, ids, max_new_tokens=new_tokens) for ids in prompts]
+            answers[step] = [sample_answer(model, tokenizer, ids, max_new_tokens=new_tokens) for ids in asked]
         print(f"{step}: held-out loss {losses[step]:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
 
     measure("base", answering=True)

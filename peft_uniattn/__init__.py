@@ -2,6 +2,8 @@
 
 from .calibration import CalibrationReport, calibrate
 from .config import UniAttnConfig
+from .eviction import H2OCache, disable_h2o, enable_h2o, h2o
+from .grouping import choose_superblocks
 from .layer import UniAttnLayer
 from .model import UniAttnModel
 from .registration import CLA, LLMDROP, UNIATTN, register
@@ -32,6 +34,7 @@ __all__ = [
     "CLAConfig",
     "CLAModel",
     "CalibrationReport",
+    "H2OCache",
     "LLMDropConfig",
     "LLMDropModel",
     "UniAttnConfig",
@@ -40,6 +43,10 @@ __all__ = [
     "__version__",
     "calibrate",
     "choose_layers_to_drop",
+    "choose_superblocks",
+    "disable_h2o",
+    "enable_h2o",
+    "h2o",
     "half_of",
     "measure_attention_similarity",
     "num_layers_to_drop",

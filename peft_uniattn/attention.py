@@ -1,4 +1,4 @@
-"""How a follower obtains s·V: from the leader's probabilities where they exist, else by the same fused kernel."""
+"""How a follower obtains s·V: from the leader's probabilities where they exist, else by the leader's back end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from .cache import cache_values
 from .compensation import ATTENTION_OUTPUT, FFN_OUTPUT, HEADS, Compensation
 from .families import Family, check_back_end
 from .handover import HANDOVER, Handover, LeaderState
+
+try:
+    # By its full name: a checkpoint carries a copy of this file, and the kernels only where the package is installed.
+    from peft_uniattn.kernels import lead
+except ImportError:
+    lead = None
 
 # Under this name transformers finds the function below. It contains the module's own name, so that a checkpoint's
 # copy of this file and the installed package can live in one process.
@@ -77,8 +83,8 @@ def leader_attention(
     A leader's attention: the model's own back end, recorded for the followers.
 
     A transformers attention function (tensors after RoPE, norms and cache). Without a hand-over among `kwargs` it is
-    exactly the back end. With one, a single decoded token is computed in the open, because followers then read the
-    probabilities instead of all keys.
+    exactly the back end. With one, a single decoded token is computed by a fused kernel that hands over s, or in the
+    open, because followers then read the probabilities instead of all keys.
 
     Returns:
         the heads' outputs (batch, query length, query heads, head_dim) and the probabilities or None.
@@ -91,7 +97,14 @@ def leader_attention(
 
     check_back_end(original_config(module)._attn_implementation)
     grad_enabled = torch.is_grad_enabled()
-    if query.shape[2] == 1 and not grad_enabled and _is_plain(key, attention_mask, kwargs):
+    plain = not grad_enabled and _is_plain(key, attention_mask, kwargs)
+    probabilities = None
+    if plain and (fused := _fused(module, query, key, value, attention_mask, kwargs, handover)) is not None:
+        output, shared = fused
+        state = LeaderState(module, query, key, attention_mask, kwargs, None, grad_enabled, shared=shared)
+        handover.give(module.layer_idx, state)
+        return output, None
+    if plain and query.shape[2] == 1:
         probabilities = decode_probabilities(query, key, attention_mask, kwargs.get("scaling"))
         output = apply_probabilities(probabilities, value)
     else:
@@ -100,9 +113,27 @@ def leader_attention(
     # In its place flex_attention returns the logarithms of the denominators, of three dimensions, and with attention
     # sinks some models (granite_swa) scale outputs rather than s.
     is_shared = not grad_enabled and probabilities is not None and probabilities.dim() == 4
-    shared = probabilities if is_shared and kwargs.get("s_aux") is None else None
-    handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, shared, grad_enabled))
+    kept = probabilities if is_shared and kwargs.get("s_aux") is None else None
+    handover.give(module.layer_idx, LeaderState(module, query, key, attention_mask, kwargs, kept, grad_enabled))
     return output, probabilities
+
+
+def _fused(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    handover: Handover,
+) -> tuple[torch.Tensor, Any] | None:
+    """Output and s by a fused kernel; None where none fits or is faster, and under eager, which is to show s."""
+    config = original_config(module)
+    if lead is None or config._attn_implementation == "eager" or kwargs.get("dropout"):
+        return None
+    configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
+    causal = config._attn_implementation == "sdpa" and kwargs.get("is_causal") is not False
+    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), causal=causal, configured=configured)
 
 
 def _is_plain(key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
@@ -154,19 +185,19 @@ def follow(
     """
     leader = leader_state(handover, leader_idx)
     value = family.value_states(attention, hidden_states)
-    adds, addend = None, None
+    adds = source = None
     if compensation is not None:
-        adds, addend = compensation.design.adds, compensation.linear(compensation.design.source(hidden_states, value))
+        adds, source = compensation.design.adds, compensation.design.source(hidden_states, value)
     if past_key_values is not None:
         value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
-    heads, probabilities = _share(value, leader)
+    heads, probabilities = share_softmax(value, leader)
     if adds == HEADS:
-        heads = heads + addend.view_as(heads)
+        heads = heads + compensation.linear(source).view_as(heads)
     output = family.project_output(attention, heads)
     if adds == ATTENTION_OUTPUT:
-        output = output + addend
+        output = compensation.added_to(output, source)
     elif adds == FFN_OUTPUT:
-        handover.defer(attention.layer_idx, addend)
+        handover.defer(attention.layer_idx, compensation.linear(source))
     return output, probabilities
 
 
@@ -185,8 +216,20 @@ def past_key_values(kwargs: dict[str, Any]) -> Any:
     return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
-def _share(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
+def share_softmax(value: torch.Tensor, leader: LeaderState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    s_leader · V by the leader's own back end.
+
+    Args:
+        value: V of any width, (batch, key/value heads, key length, width).
+        leader: what the leader handed over.
+
+    Returns:
+        (batch, query length, query heads, width), and s or None where the back end does not form it.
+    """
     device = value.device
+    if leader.shared is not None:
+        return leader.shared.to(device).apply(value), None
     if leader.probabilities is not None:
         probabilities = leader.probabilities.to(device)
         return apply_probabilities(probabilities, value), probabilities

@@ -79,6 +79,8 @@ def cache_values(cache: Cache, value: torch.Tensor, layer_idx: int, leader_idx: 
     Raises:
         ValueError: if the cache is of a kind whose handling of value-only layers is not known to be right.
     """
+    if hasattr(cache, "update_values"):
+        return cache.update_values(value, layer_idx, leader_idx)  # a cache of this package's own
     _check_supported(cache, layer_idx, value.device)
     _prepare(cache, layer_idx, leader_idx)
     values, _ = cache.update(value, value[..., :0], layer_idx)

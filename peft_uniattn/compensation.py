@@ -68,10 +68,16 @@ class Compensation:
     Attributes:
         design: where it reads and adds.
         linear: what it computes, x · W_c.
+        add: the same added to something, x · W_c + y from y and x, where that is faster than one after the other.
     """
 
     design: Design
     linear: Callable[[torch.Tensor], torch.Tensor]
+    add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def added_to(self, output: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """`output` plus the compensation of `source`; `output` itself may be overwritten."""
+        return output + self.linear(source) if self.add is None else self.add(output, source)
 
 
 def check_design(name: str) -> None:

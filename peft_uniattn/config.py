@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .compensation import NONE, check_design
+from .kernels import check_kernels
 from .registration import UNIATTN
 from .tuner.config import SuperblockConfig
 
@@ -40,6 +41,12 @@ class UniAttnConfig(SuperblockConfig):
             reads the follower's own value states and adds before W_o. `"none"` compensates nothing.
         init_weights (`bool`, defaults to `True`):
             Start with a compensation of zero; `calibrate` replaces it. `False` starts at random, for tests.
+        kernels (`str`, defaults to `"auto"`):
+            Fused kernels in inference: `"auto"` (Triton's where they are faster), `"off"` (PyTorch only) or `"triton"`
+            (Triton's at every size). The environment variable `UNIATTN_KERNELS` overrides it.
+        skip_mass (`float`, defaults to 0.0):
+            How much of the probability mass of a row the kernels' followers may leave out to be faster, below 1. 0
+            leaves out nothing.
         target_modules (`list[str]`, *optional*):
             Filled in from the plan: the attention modules of leaders and followers. Leave it `None`.
         modules_to_save (`list[str]`, *optional*):
@@ -65,10 +72,25 @@ class UniAttnConfig(SuperblockConfig):
         default=True,
         metadata={"help": "Start with a compensation of zero. False starts at random, for tests."},
     )
+    kernels: str = field(
+        default="auto",
+        metadata={
+            "help": "Fused kernels in inference: 'auto' (Triton's where they are faster), 'off' (PyTorch only) or "
+            "'triton' (Triton's at every size). The environment variable UNIATTN_KERNELS overrides it."
+        },
+    )
+    skip_mass: float = field(
+        default=0.0,
+        metadata={
+            "help": "How much of a row's probability mass the kernels' followers may leave out to be faster, below 1. "
+            "0 leaves out nothing."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = UNIATTN
+        check_kernels(self.kernels, self.skip_mass)
         check_design(self.compensation)
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise ValueError(f"r={self.r!r} must be None (full compensation) or an integer of 1 or more")

@@ -75,10 +75,11 @@ class Family:
             value = projection(hidden_states)
         else:
             rows = self.value_rows(attention)
-            if projection.weight.is_floating_point():
+            is_whole = not hasattr(projection.weight, "placements")  # as opposed to a rank's share of it
+            if projection.weight.is_floating_point() and is_whole:
                 bias = None if projection.bias is None else projection.bias[rows]
                 value = nn.functional.linear(hidden_states, projection.weight[rows], bias)
-            else:  # quantized weights cannot be sliced
+            else:  # quantized or distributed weights cannot be sliced
                 value = projection(hidden_states)[..., rows]
         if (limit := getattr(attention.config, "clip_qkv", None)) is not None:
             value = value.clamp(-limit, limit)

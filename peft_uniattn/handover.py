@@ -28,6 +28,7 @@ class LeaderState:
             None where the back end never forms it.
         grad_enabled: whether autograd was recording when the leader ran.
         value: (batch, key/value heads, key length, head_dim), after the cache, where followers share it as well.
+        shared: s as a fused kernel left it (see `kernels`), where one ran; `probabilities` is None then.
     """
 
     attention: nn.Module
@@ -38,6 +39,7 @@ class LeaderState:
     probabilities: torch.Tensor | None
     grad_enabled: bool
     value: torch.Tensor | None = None
+    shared: Any = None
 
 
 class Handover:
@@ -46,14 +48,26 @@ class Handover:
 
     One fresh object per forward: state kept on a module would mix up two forwards before a backward. Deliberately
     not a dict, dataclass or pytree, which wrappers such as FSDP2 and accelerate take apart and rebuild.
+
+    Args:
+        keep: hold on to the state of every leader. By default a leader that runs without autograd takes the place of
+            the earlier ones, whose Superblocks are over, so that their tensors are freed.
+
+    Attributes:
+        kernels: what the active adapter's configuration says about kernels, `kernels` and `skip_mass` of
+            [`UniAttnConfig`]; None where the model's own configuration says it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
         self._states: dict[int, LeaderState] = {}
+        self._keep = keep
+        self.kernels: tuple[str, float] | None = None
         self._deferred: dict[int, torch.Tensor] = {}
 
     def give(self, layer_idx: int, state: LeaderState) -> None:
         """Record the state of the leader `layer_idx`."""
+        if not self._keep and not state.grad_enabled:
+            self._states.clear()
         self._states[layer_idx] = state
 
     def has(self, layer_idx: int) -> bool:

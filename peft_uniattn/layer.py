@@ -30,7 +30,7 @@ class UniAttnLayer(AttentionTunerLayer):
     method = "UniAttn"
     change = "sharing softmax"
     adapter_layer_names = ("uniattn_W", "uniattn_A", "uniattn_B")
-    other_param_names = ("uniattn_leader", "uniattn_design")
+    other_param_names = ("uniattn_leader", "uniattn_design", "uniattn_kernels")
 
     def __init__(self, base_layer: nn.Module, family: Family, hidden_size: int) -> None:
         super().__init__(base_layer, family, hidden_size)
@@ -40,10 +40,13 @@ class UniAttnLayer(AttentionTunerLayer):
         self.uniattn_B = nn.ModuleDict()
         # Adapter name -> where the compensation of this follower reads and adds, a key of DESIGNS or NONE.
         self.uniattn_design: dict[str, str] = {}
+        # Adapter name -> what its configuration says about kernels.
+        self.uniattn_kernels: dict[str, tuple[str, float]] = {}
 
     def update_layer(self, adapter_name: str, config: UniAttnConfig, leader_idx: int | None) -> None:
         """Add the adapter `adapter_name`, in which this layer follows the layer `leader_idx`."""
         super().update_layer(adapter_name, config, leader_idx)
+        self.uniattn_kernels[adapter_name] = (config.kernels, config.skip_mass)
         if leader_idx in (None, self.layer_idx):
             return
         self.uniattn_design[adapter_name] = config.compensation
@@ -101,6 +104,12 @@ class UniAttnLayer(AttentionTunerLayer):
         if adapter_name in self.uniattn_W:
             return [self.uniattn_W[adapter_name]]
         return [self.uniattn_A[adapter_name], self.uniattn_B[adapter_name]]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        handover, adapter = kwargs.get(HANDOVER), self.active_plan_adapter()
+        if handover is not None and adapter in self.uniattn_kernels:
+            handover.kernels = self.uniattn_kernels[adapter]
+        return super().forward(hidden_states, *args, **kwargs)
 
     def _replace_attention(
         self, adapter: str, leader_idx: int, args: tuple, kwargs: dict[str, Any]

@@ -120,7 +120,7 @@ def make_plan(
     blocks, first = [], start
     while first + superblock_size <= end:
         block = tuple(range(first, first + superblock_size))
-        if _may_share(block, masks, follower_mask):
+        if may_share(block, masks, follower_mask):
             blocks.append(block)
             first += superblock_size
         else:
@@ -166,7 +166,7 @@ def check_dropped(layers: Sequence[int]) -> None:
 def check_masks(plan: Plan, masks: Sequence[str] | None, follower_mask: str) -> None:
     """Raise ValueError if a Superblock of `plan` mixes masks in a way that `follower_mask` does not allow."""
     for block in plan.superblocks:
-        if not _may_share(block, masks, follower_mask):
+        if not may_share(block, masks, follower_mask):
             kinds = ", ".join(f"{layer}: {masks[layer]}" for layer in block)
             raise ValueError(
                 f"Superblock {list(block)} mixes layers with different masks ({kinds}); choose superblocks of one "
@@ -174,18 +174,19 @@ def check_masks(plan: Plan, masks: Sequence[str] | None, follower_mask: str) -> 
             )
 
 
-def _may_share(block: Sequence[int], masks: Sequence[str] | None, follower_mask: str) -> bool:
+def may_share(block: Sequence[int], masks: Sequence[str] | None, follower_mask: str) -> bool:
+    """Whether the masks of the layers of `block`, leader first, allow them to share a softmax."""
     if masks is None or len({masks[layer] for layer in block}) == 1:
         return True
     # A leader with a window or chunks has no probabilities for what a wider follower sees.
     return follower_mask == "leader" and masks[block[0]] == "full_attention"
 
 
-def check_superblock_size(superblock_size: int) -> None:
-    """Raise ValueError unless `superblock_size` is an integer of 2 or more."""
+def check_superblock_size(superblock_size: int, name: str = "superblock_size") -> None:
+    """Raise ValueError unless `superblock_size`, an argument called `name`, is an integer of 2 or more."""
     if not _is_index(superblock_size) or superblock_size < 2:
         raise ValueError(
-            f"superblock_size={superblock_size!r} must be an integer of 2 or more, a leader and its followers; or "
+            f"{name}={superblock_size!r} must be an integer of 2 or more, a leader and its followers; or "
             "don't apply UniAttn"
         )
 

@@ -42,7 +42,7 @@ def check_sharing(model: nn.Module, decoder: Decoder, layers: list[int]) -> None
     def watch(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         seen[module.layer_idx] = (args[0] if args else kwargs["hidden_states"], output[0])
 
-    handover = Handover()
+    handover = Handover(keep=True)
     attentions = {layer: decoder.attention(layer) for layer in layers}
     intercepted = [attention for attention in attentions.values() if intercept_attention(attention)]
     hooks = [attention.register_forward_hook(watch, with_kwargs=True) for attention in attentions.values()]

@@ -27,7 +27,9 @@ def skip_attention(
     """
     if cache is not None:
         cache_nothing(cache, hidden_states, layer_idx)
-    return torch.zeros_like(hidden_states), None
+    # A product rather than fresh zeros: the norm before attention gets a gradient of zero instead of none, which
+    # distributed training would take for an error.
+    return 0 * hidden_states, None
 
 
 class NoAttention(nn.Module):

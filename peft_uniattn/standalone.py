@@ -93,6 +93,8 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
     fields.update(
         superblocks=[list(block) for block in adapter.plan.superblocks] or None,
         follower_mask=getattr(base.peft_config[adapter.name], "follower_mask", "own"),
+        kernels=getattr(base.peft_config[adapter.name], "kernels", "auto"),
+        skip_mass=getattr(base.peft_config[adapter.name], "skip_mass", 0.0),
         compensation=adapter.compensation if adapter.method == "UniAttn" else "attention_output",
         compensation_rank=adapter.rank,
         shared=adapter.plan.shared,

@@ -38,6 +38,16 @@ class ZeroLinear(nn.Linear):
         nn.init.zeros_(self.weight)
 
 
+def _add_product(output: torch.Tensor, inputs: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """`output + linear(inputs)`; on a GPU without autograd inside the matrix product, which saves a pass over both."""
+    if torch.is_grad_enabled() or not output.is_cuda or type(linear) is not ZeroLinear:
+        return output + linear(inputs)
+    if not output.dtype == inputs.dtype == linear.weight.dtype or linear._forward_hooks or linear._forward_pre_hooks:
+        return output + linear(inputs)
+    output.flatten(0, -2).addmm_(inputs.flatten(0, -2), linear.weight.T)
+    return output
+
+
 class FollowerMixin:
     """Turns an attention module into a follower, keeping its class as a base for whoever looks for instances."""
 
@@ -75,13 +85,18 @@ class FollowerMixin:
             hidden_states,
             kwargs.get(HANDOVER),
             past_key_values(kwargs),
-            None if design is None else Compensation(design, self._compensate),
+            None if design is None else Compensation(design, self._compensate, self._add_compensation),
         )
 
     def _compensate(self, source: torch.Tensor) -> torch.Tensor:
         if hasattr(self, "compensation"):
             return self.compensation(source)
         return self.compensation_B(self.compensation_A(source))
+
+    def _add_compensation(self, output: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, "compensation"):
+            return _add_product(output, source, self.compensation)
+        return _add_product(output, self.compensation_A(source), self.compensation_B)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made on demand, so pickle could not find it by name.
@@ -197,7 +212,7 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
     Adds the fields `superblocks` (lists of consecutive layer indices, the leader first), `follower_mask` (see
     [`make_plan`]), `compensation` (its design, a key of DESIGNS or "none"), `compensation_rank` (of W_c; None for the
     full matrix), `shared` ("softmax", or "keys_and_values" for CLA) and `dropped_layers` (those without attention;
-    there are no Superblocks then).
+    there are no Superblocks then), `kernels` and `skip_mass` (see [`UniAttnConfig`]).
     """
     # Configurations are dataclasses, so new fields have to be annotated.
     fields = {
@@ -207,9 +222,13 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
         "compensation_rank": int | None,
         "shared": str,
         "dropped_layers": list[int] | None,
+        "kernels": str,
+        "skip_mass": float,
     }
     members = {
         "__annotations__": fields,
+        "kernels": "auto",
+        "skip_mass": 0.0,
         "superblocks": None,
         "follower_mask": "own",
         "compensation": "attention_output",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from peft_uniattn import to_standalone
 from peft_uniattn.cli import app
 from peft_uniattn.evaluation import PAPER_TASKS, evaluate, load_for_evaluation, task_specs
-from peft_uniattn.evaluation.evaluate import _task_manager
+from peft_uniattn.evaluation.tasks import task_manager
 
 # One row of each set as its authors publish it, and as the data set's page on the Hub shows it.
 PUBLISHED = {
@@ -102,9 +102,9 @@ ON_THE_HUB = {
 }
 
 
-@pytest.fixture(scope="module")
-def task_manager():
-    return _task_manager()
+@pytest.fixture(scope="module", name="task_manager")
+def fixture_task_manager():
+    return task_manager()
 
 
 @pytest.fixture

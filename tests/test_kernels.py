@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import prompt, tiny_adapter, tiny_model
 
-from peft_uniattn import kernels
+from peft_uniattn import UniAttnConfig, kernels, to_standalone
 from peft_uniattn.attention import apply_probabilities, decode_probabilities
+from peft_uniattn.handover import Handover, LeaderState
 from peft_uniattn.kernels import naive
 
 
@@ -104,13 +106,92 @@ def test_importing_needs_no_triton_and_insisting_on_it_says_so():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"UNIATTN_KERNELS": "auto"})
 
 
-def test_decode_kernels_in_the_interpreter():
+@pytest.mark.parametrize("name", ["test_kernels_decode.py", "test_kernels_prefill.py", "test_kernels_model.py"])
+def test_kernels_in_the_interpreter(name):
     """Triton has to be told before its first import that it shall interpret, so this is a process of its own."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the same tests run on the GPU here")
-    tests = str(Path(__file__).with_name("test_kernels_decode.py"))
+    tests = str(Path(__file__).with_name(name))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", tests]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     assert " passed" in run.stdout
+
+
+def test_specification_of_a_prompt_is_causal_attention():
+    _, key, value = inputs()
+    query = torch.randn(2, 4, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    output, denominators = naive.leader_prefill(query, key, value, scaling=0.4)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.4, enable_gqa=True
+    )
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(naive.follower_prefill(query, key, value, scaling=0.4), expected.transpose(1, 2))
+    scores = 0.4 * query @ key.repeat_interleave(2, 1).transpose(2, 3)
+    hidden = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    by_hand = scores.masked_fill(hidden, -torch.inf).exp().sum(-1).log()
+    torch.testing.assert_close(denominators, by_hand)
+
+
+def test_what_a_follower_leaves_out_is_not_made_up_for():
+    query, key, value = inputs()
+    query = query.expand(-1, -1, 11, -1)
+    visible = torch.ones(11, 11, dtype=torch.bool)
+    visible[:, 3:5] = False
+    zeroed = value.clone()
+    zeroed[:, :, 3:5] = 0
+    actual = naive.follower_prefill(query, key, value, visible=visible)
+    torch.testing.assert_close(actual, naive.follower_prefill(query, key, zeroed))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kernels": "cuda"}, "kernels='cuda' is unknown; use one of auto, off, triton"),
+        ({"skip_mass": 1.0}, "skip_mass=1.0 must be a share of the probability mass, from 0 up to below 1"),
+        ({"skip_mass": -0.1}, "skip_mass=-0.1 must be a share"),
+        ({"skip_mass": True}, "skip_mass=True must be a share"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        UniAttnConfig(**settings)
+
+
+def test_the_standalone_model_keeps_what_the_configuration_says():
+    model = to_standalone(tiny_adapter(kernels="off", skip_mass=0.02))
+    assert (model.config.kernels, model.config.skip_mass) == ("off", 0.02)
+
+
+def test_the_process_overrides_the_configuration(kernel_mode):
+    kernels.use("triton")
+    assert kernels.describe("off").startswith("triton")
+    kernels.use(None)
+    assert kernels.describe("off") == "off"
+    assert kernels.describe().startswith("auto, ")
+
+
+def test_a_leader_without_autograd_takes_the_place_of_earlier_ones():
+    def give(handover, layer, grad_enabled):
+        handover.give(layer, LeaderState(None, None, None, None, {}, None, grad_enabled))
+
+    handover = Handover()
+    for layer in (0, 4):
+        give(handover, layer, False)
+    assert [handover.has(layer) for layer in (0, 4)] == [False, True]
+    kept = Handover(keep=True)
+    in_training = Handover()
+    for layer in (0, 4):
+        give(kept, layer, False)
+        give(in_training, layer, True)
+    assert kept.has(0) and in_training.has(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_compensation_inside_the_matrix_product_is_the_sum(rank):
+    model = to_standalone(tiny_adapter(tiny_model(dtype=torch.float32), r=rank)).cuda()
+    with torch.no_grad():
+        fused = model(prompt().cuda()).logits
+    torch.testing.assert_close(fused, model(prompt().cuda()).logits, rtol=1e-4, atol=1e-5)

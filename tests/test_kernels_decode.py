@@ -259,20 +259,69 @@ def test_compiles_to_one_graph(backend):
         assert torch.equal(actual, eager)
 
 
-@pytest.mark.parametrize("operator", ["decode_leader", "decode_follower", "decode_probabilities", "visible_span"])
+@pytest.mark.parametrize(
+    "operator", ["decode_leader", "decode_select", "decode_follower", "decode_probabilities", "visible_span"]
+)
 def test_operators_are_described_truthfully(operator):
     query, key, value, follower_value = inputs()
     mask = left_padded(300)
     span = decode.visible_span(mask)
     _, shared = decode.leader_decode(query, key, value, mask, span=span)
     arguments = {
-        "decode_leader": (query, key, value, mask, span, 0.1, 0.0),
-        "decode_follower": (shared.weights, shared.factors, follower_value, span),
+        "decode_leader": (query, key, value, mask, span, 0.1, 0.0, True),
+        "decode_select": (shared.factors, None, 0.1),
+        "decode_follower": (shared.weights, shared.factors, follower_value, span, None, None),
         "decode_probabilities": (shared.weights, shared.factors, 300),
         "visible_span": (mask,),
     }[operator]
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.uniattn, operator).default, arguments, test_utils=utilities)
+
+
+def concentrated(length=1500, **options):
+    """Inputs whose queries look at every third block of keys for the most part."""
+    query, key, value, follower_value = inputs(length=length, **options)
+    looked_at = torch.arange(length, device=DEVICE) // 128 % 3 == 0
+    return query * 3, torch.where(looked_at[:, None], key, key * 0.05), value, follower_value
+
+
+@pytest.mark.parametrize("mask", [None, left_padded])
+@pytest.mark.parametrize("skip_mass", [0.05, 0.3])
+def test_followers_leave_out_no_more_than_the_bound_and_account_for_it(mask, skip_mass):
+    query, key, value, follower_value = concentrated()
+    mask = mask and mask(1500)
+    output, shared = decode.leader_decode(query, key, value, mask, skip_mass=skip_mass)
+    assert torch.equal(output, decode.leader_decode(query, key, value, mask)[0])
+    block, blocks = shared.weights.shape[-1], shared.weights.shape[2]
+    wide = [tensor.double() for tensor in (query, key, value)]
+    _, probabilities = naive.leader_decode(*wide, mask)
+    kept = torch.zeros(2, 2, blocks, dtype=torch.bool, device=DEVICE)
+    for sequence in range(2):
+        for head in range(2):
+            kept[sequence, head, shared.kept[sequence, head, : shared.count[sequence, head]].long()] = True
+    assert kept.sum() < 0.8 * kept.numel()
+    visible = kept.repeat_interleave(block, -1)[..., :1500].repeat_interleave(2, 1).unsqueeze(2)
+    lost = probabilities.masked_fill(visible, 0.0).sum(-1).reshape(2, 2, 2)
+    assert (lost <= shared.dropped[..., None] + 1e-3).all()
+    assert (shared.dropped <= skip_mass).all()
+    expected = naive.follower_decode(probabilities.masked_fill(~visible, 0.0), follower_value.double())
+    assert error(decode.follower_decode(shared, follower_value), expected) < TOLERANCE[DTYPE]
+
+
+def test_nothing_is_skipped_at_a_bound_of_zero():
+    query, key, value, _ = concentrated()
+    _, shared = decode.leader_decode(query, key, value)
+    assert shared.kept is None
+    kept = decode_launch.select(torch.full((3, 9, 1), 1 / 9, device=DEVICE), None, 0.0)
+    assert kept[0].tolist() == [list(range(9))] * 3
+    assert kept[1].tolist() == [9] * 3
+
+
+def test_nan_comes_out_of_skipping_followers_too():
+    query, key, value, follower_value = concentrated()
+    query[1, 2:] = float("nan")
+    _, shared = decode.leader_decode(query, key, value, skip_mass=0.1)
+    assert decode.follower_decode(shared, follower_value)[1, 2:].isnan().all()
 
 
 @pytest.mark.gpu

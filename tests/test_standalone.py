@@ -224,6 +224,7 @@ def test_configuration_is_the_base_s_with_plan_and_rank(family, r):
     assert (config.superblocks, config.compensation_rank) == (SUPERBLOCKS, r)
     own = {"model_type", "superblocks", "compensation_rank", "follower_mask"}
     others = {"compensation": "attention_output", "shared": "softmax", "dropped_layers": None}
+    others |= {"kernels": "auto", "skip_mass": 0.0}
     assert {key: getattr(config, key) for key in others} == others
     own |= set(others)
     assert {key: value for key, value in config.to_dict().items() if key not in own} == {

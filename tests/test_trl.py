@@ -6,10 +6,10 @@ import conftest
 import pytest
 import torch
 from conftest import aligned, changed, prompt, tiny_adapter, tiny_model, weights
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from peft_uniattn import UniAttnConfig, to_standalone
+from peft_uniattn import CLAConfig, LLMDropConfig, UniAttnConfig, to_standalone
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -178,3 +178,13 @@ def test_stage_2_starts_where_stage_1_ended(train):
 def test_the_base_is_as_before_after_stage_1(train):
     unloaded = train(adapter()).model.unload()
     assert torch.equal(logits(unloaded), logits(base()))
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules="all-linear")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "config", [CLAConfig(superblocks=[[1, 2, 3], [4, 5]]), LLMDropConfig(layers=[2, 4])], ids=["cla", "llmdrop"]
+)
+def test_a_rival_s_standalone_model_trains(config, peft_config, train):
+    trainer = train(to_standalone(get_peft_model(base(), config)), steps=12, peft_config=peft_config)
+    first, *_, last = losses(trainer)
+    assert last < first - 0.1

@@ -210,15 +210,22 @@ def run_case(
     }
 
 
-def tensor_parallel(dtype: str, size: str, device: torch.device, scratch: Path, family: str) -> dict:
-    """A saved standalone model loaded with tp_plan="auto": logits, gradients of W_c and generated tokens."""
-    ids = batch(size, device)
-    whole_model = build("standalone", size, getattr(torch, dtype), device, False, family)
+def tensor_parallel(form: str, dtype: str, size: str, device: torch.device, scratch: Path, family: str) -> dict:
+    """A saved model loaded with tp_plan="auto": logits, gradients of W_c and generated tokens."""
+    ids, folder = batch(size, device), scratch / f"tensor parallel {form}"
+    whole_model = build(form, size, getattr(torch, dtype), device, False, family)
     if dist.get_rank() == 0:
-        whole_model.save_pretrained(scratch / "tensor parallel")
+        whole_model.save_pretrained(folder)
+        if form == "adapter":
+            whole_model.unload().save_pretrained(folder / "base")
+            whole_model = build(form, size, getattr(torch, dtype), device, False, family)
     dist.barrier()
     options = {"tp_plan": "auto", "dtype": getattr(torch, dtype), **implementations(family)}
-    sharded = AutoModelForCausalLM.from_pretrained(scratch / "tensor parallel", **options)
+    if form == "standalone":
+        sharded = AutoModelForCausalLM.from_pretrained(folder, **options)
+    else:
+        sharded = AutoModelForCausalLM.from_pretrained(folder / "base", **options)
+        sharded = peft.PeftModel.from_pretrained(sharded, folder, is_trainable=True, autocast_adapter_dtype=False)
     logits, gradients, tokens = zip(*(outputs(model, ids) for model in (sharded, whole_model)), strict=True)
     return {
         "logits": difference({"logits": logits[0]}, {"logits": logits[1]}),
@@ -231,7 +238,7 @@ def tensor_parallel(dtype: str, size: str, device: torch.device, scratch: Path, 
 def outputs(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, the gradient of a compensation, and generated tokens."""
     loss_of(model.train(), ids).backward()
-    gradient = whole(model.get_parameter("model.layers.2.self_attn.compensation.weight").grad)
+    gradient = whole(of_follower(model, "compensation.weight", "uniattn_W.default.weight").grad)
     model.eval()
     with torch.no_grad():
         return whole(model(ids).logits), gradient, model.generate(ids[:, :4], max_new_tokens=6, do_sample=False)
@@ -239,8 +246,13 @@ def outputs(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, to
 
 def value_rows(model: torch.nn.Module) -> int:
     """Rows of a follower's value projection that this rank holds."""
-    weight = model.get_parameter("model.layers.2.self_attn.v_proj.weight")
+    weight = of_follower(model, "v_proj.weight", "qkv_proj.weight")
     return (weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]
+
+
+def of_follower(model: torch.nn.Module, *endings: str) -> torch.nn.Parameter:
+    """The parameter of the lowest follower's attention whose name ends with one of `endings`."""
+    return next(p for name, p in model.named_parameters() if "layers.2.self_attn." in name and name.endswith(endings))
 
 
 def over_two_devices(
@@ -295,9 +307,10 @@ def results_of(options: argparse.Namespace, device: torch.device) -> dict[str, d
                     arguments = (wrapper, form, checkpointed, dtype, options.size, device, options.family)
                     results[case] = attempt(case, run_case, *arguments)
         if options.tensor_parallel:
-            case = f"tensor parallel, standalone, {dtype}"
-            arguments = (dtype, options.size, device, options.scratch, options.family)
-            results[case] = attempt(case, tensor_parallel, *arguments)
+            for form in ("adapter", "standalone"):
+                case = f"tensor parallel, {form}, {dtype}"
+                arguments = (form, dtype, options.size, device, options.scratch, options.family)
+                results[case] = attempt(case, tensor_parallel, *arguments)
         if device.type == "cuda" and dist.get_rank() == 0:
             for form in ("adapter", "standalone"):
                 for cut, second in ((2, 1), (3, 1), (5, 1), (2, "cpu")):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..kernels import describe
+
 
 def conditions(device: torch.device) -> dict[str, Any]:
     """Hardware, and versions of what computes on it."""
@@ -18,4 +20,5 @@ def conditions(device: torch.device) -> dict[str, Any]:
     else:
         hardware = {"device": f"CPU ({platform.machine()})", "threads": torch.get_num_threads()}
     versions = {name: version(name) for name in ("transformers", "peft")}
+    versions["kernels"] = describe()
     return {**hardware, "python": platform.python_version(), "torch": torch.__version__, **versions}

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from ..families import find_decoder
 from ..handover import Handover
 from ..inspection import Adapter, find_adapter
 from ..modes import evaluation_mode
+from .batches import model_inputs, token_mask, token_positions
 from .report import CalibrationReport, FollowerError
 from .solve import (
     PositionMeans,
@@ -30,7 +31,7 @@ from .solve import (
     solve_pseudoinverse,
     solve_ridge,
 )
-from .streams import INPUTS, LayerRunner, Spill, original_model, pack_leader, unified_model, unpack_leader
+from .streams import LayerRunner, Spill, original_model, pack_leader, unified_model, unpack_leader
 
 METHODS = ("ridge", "pseudoinverse")
 # Measured (docs/results/LOG.md): at 3 tokens per dimension calibration made two models worse.
@@ -169,9 +170,9 @@ class _Calibration:
         bar = tqdm(dataloader, desc="reading", unit="batch", disable=not self.progress, leave=False, total=max_batches)
         with bar:
             for batch in bar:
-                inputs = {key: value.to(device) for key, value in _inputs(batch, self.batches).items()}
+                inputs = {key: value.to(device) for key, value in model_inputs(batch, self.batches).items()}
                 hidden_states = self.runner.run_below(inputs, first)
-                self.tokens += int(_token_mask(inputs).sum())
+                self.tokens += int(token_mask(inputs).sum())
                 self.spill.put(self.batches, "inputs", inputs)
                 self.spill.put(self.batches, "original", hidden_states)
                 self.spill.put(self.batches, "unified", hidden_states)
@@ -246,8 +247,8 @@ class _Calibration:
             x, error, original_attention = x / size, error / size, original_attention / size
         else:
             error += (original.double() - unified.double()) / self.decoder.residual_multiplier(layer)
-        real = _token_mask(inputs).to(x.device)
-        positions = _positions(inputs).to(x.device)
+        real = token_mask(inputs).to(x.device)
+        positions = token_positions(inputs).to(x.device)
         return x[real], error[real], original_attention[real], positions[real]
 
     def _solve(self, tokens: TokenStatistics, means: PositionMeans) -> tuple[torch.Tensor, ...]:
@@ -285,28 +286,6 @@ class _Calibration:
     def _leader(self, batch: int, layer: int) -> Handover:
         leader = self.adapter.layers[self.adapter.plan.leader_of[layer]].base_layer
         return unpack_leader(leader, self.spill.get(batch, "leader"))
-
-
-def _inputs(batch: Any, index: int) -> dict[str, torch.Tensor]:
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"batch {index} of dataloader has no input_ids, found {found}; give it tokenized batches")
-    inputs = {key: batch[key] for key in INPUTS if batch.get(key) is not None}
-    if any(not isinstance(value, torch.Tensor) or value.dim() != 2 for value in inputs.values()):
-        shapes = {key: tuple(getattr(value, "shape", ())) for key, value in inputs.items()}
-        raise ValueError(f"batch {index} of dataloader has the shapes {shapes}; use tensors of (batch, length)")
-    return inputs
-
-
-def _token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """True for tokens, False for padding, (batch, length)."""
-    mask = inputs.get("attention_mask")
-    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-
-def _positions(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """How many tokens precede each one in its sequence, padding on either side left out, (batch, length)."""
-    return _token_mask(inputs).long().cumsum(-1) - 1
 
 
 def _weights(adapter: Adapter, layer: int) -> list[torch.Tensor]:

@@ -15,8 +15,6 @@ from ..families import Decoder
 from ..handover import HANDOVER, Handover, LeaderState
 from ..inspection import Adapter
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-
 
 class Spill:
     """Tensors on disk, by batch and name: memory use does not grow with the number of samples."""
@@ -143,7 +141,7 @@ def _switched(adapter: Adapter, disabled: bool) -> Iterator[None]:
 
 def pack_leader(state: LeaderState) -> dict[str, Any]:
     """A leader's state as a plain dictionary for [`Spill`]; followers recompute the probabilities."""
-    fields = vars(replace(state, probabilities=None))
+    fields = vars(replace(state, probabilities=None, shared=None))
     del fields["attention"]
     return {**fields, "kwargs": {key: value for key, value in state.kwargs.items() if value is not None}}
 

@@ -16,6 +16,7 @@ def evaluate(
         str, typer.Option(help="Tasks, separated by commas. Default: the five sets of the paper.")
     ] = "pubmedqa,medmcqa,medqa_4options,social_iqa,commonsense_qa",
     num_fewshot: Annotated[int, typer.Option(help="Examples before each question.", min=0)] = 0,
+    prompt: Annotated[str, typer.Option(help="official, or for cloze tasks paper: as the paper trains.")] = "official",
     data_dir: Annotated[
         Path | None,
         typer.Option(help="Directory with the published files of the sets. Default: the Hub.", exists=True),
@@ -46,13 +47,14 @@ def evaluate(
         transformers.logging.set_verbosity_error()
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         # Before the model, whose loading takes much longer.
-        task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot)
+        task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
         loaded, tokenizer = load_for_evaluation(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         results = run(
             loaded,
             tokenizer,
             names,
             num_fewshot=num_fewshot,
+            prompt=prompt,
             data_dir=data_dir,
             batch_size=batch_size,
             max_length=max_length,

@@ -2,7 +2,7 @@
 
 from .contamination import Contamination, check_contamination, find_contamination
 from .evaluate import evaluate, load_for_evaluation, write_results
-from .tasks import CLOZE_TASKS, PAPER_TASKS, task_specs
+from .tasks import CLOZE_TASKS, PAPER_TASKS, task_questions, task_specs
 
 __all__ = [
     "CLOZE_TASKS",
@@ -12,6 +12,7 @@ __all__ = [
     "evaluate",
     "find_contamination",
     "load_for_evaluation",
+    "task_questions",
     "task_specs",
     "write_results",
 ]

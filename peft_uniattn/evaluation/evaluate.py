@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lm_eval
 import torch
 from huggingface_hub import file_exists
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..training.journal import write_atomically
-from .tasks import PAPER_TASKS, task_specs
+from .tasks import PAPER_TASKS, task_manager, task_specs
 
 
 def evaluate(
@@ -28,6 +26,7 @@ def evaluate(
     tasks: Sequence[str] = PAPER_TASKS,
     *,
     num_fewshot: int = 0,
+    prompt: Literal["official", "paper"] = "official",
     data_dir: str | Path | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -42,6 +41,7 @@ def evaluate(
         tokenizer: its tokenizer.
         tasks: see [`task_specs`].
         num_fewshot: examples before each question.
+        prompt: see [`task_specs`].
         data_dir: directory with local copies of the sets; None takes them from the Hub.
         batch_size: requests per forward pass.
         max_length: longest input in tokens; default what the model was made for.
@@ -54,14 +54,14 @@ def evaluate(
     """
     if num_fewshot < 0:
         raise ValueError(f"num_fewshot={num_fewshot} must be 0 or more")
-    specs = task_specs(tasks, data_dir=data_dir, num_fewshot=num_fewshot)
+    specs = task_specs(tasks, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     training = model.training
     try:
         results = lm_eval.simple_evaluate(
             model=language_model,
             tasks=specs,
-            task_manager=_task_manager(),
+            task_manager=task_manager(),
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,
@@ -77,12 +77,6 @@ def evaluate(
         config.pop("custom_dataset", None)
     results["model"] = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return dict(results)
-
-
-@cache
-def _task_manager() -> TaskManager:
-    """lm-eval's index of its own tasks, which takes seconds to make."""
-    return TaskManager()
 
 
 def load_for_evaluation(

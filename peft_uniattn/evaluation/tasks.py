@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import DatasetDict
+from lm_eval.tasks import TaskManager
 
+from ..training.data.prompt import PAPER_PROMPT
 from .local_data import LOCAL_SETS
 
+PROMPTS = ("official", "paper")
 # The sets of the paper's Table 1, by lm-eval's names.
 PAPER_TASKS = ("pubmedqa", "medmcqa", "medqa_4options", "social_iqa", "commonsense_qa")
 
@@ -39,6 +42,14 @@ CLOZE_TASKS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The columns that make an example recognisable.
+_QUESTION = {
+    "pubmedqa": ("QUESTION",),
+    "medmcqa": ("question",),
+    "medqa_4options": ("sent1",),
+    "social_iqa": ("context", "question"),
+    "commonsense_qa": ("question",),
+}
 _HUB = {
     "social_iqa": {"dataset_path": "lighteval/siqa"},
     "commonsense_qa": {"dataset_path": "tau/commonsense_qa"},
@@ -47,7 +58,13 @@ _HUB = {
 }
 
 
-def task_specs(names: Sequence[str], *, data_dir: str | Path | None = None, num_fewshot: int = 0) -> list[Any]:
+def task_specs(
+    names: Sequence[str],
+    *,
+    data_dir: str | Path | None = None,
+    num_fewshot: int = 0,
+    prompt: Literal["official", "paper"] = "official",
+) -> list[Any]:
     """
     What to hand to lm-eval as `tasks`.
 
@@ -57,14 +74,41 @@ def task_specs(names: Sequence[str], *, data_dir: str | Path | None = None, num_
         names: of `PAPER_TASKS`, of `CLOZE_TASKS`, or, without `data_dir`, of any task that lm-eval knows.
         data_dir: directory with the published files, anywhere below it; None takes them from the Hub.
         num_fewshot: examples before each question; they come from the training split.
+        prompt: "official", or for cloze tasks "paper": the prompt that the paper trains with (Appendix A).
 
     Raises:
-        ValueError: for a name that is not known, or examples from a set whose training file is not in `data_dir`.
+        ValueError: for an unknown prompt, "paper" for a task with letters, a name that is not known, or examples from
+            a set whose training file is not in `data_dir`.
         FileNotFoundError: if a published file is missing.
     """
     if not names:
         raise ValueError(f"tasks={list(names)} is empty; name one or more of {', '.join(PAPER_TASKS)}")
-    return [_spec(name, data_dir, num_fewshot) for name in names]
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt={prompt!r} must be one of {', '.join(PROMPTS)}")
+    specs = [_spec(name, data_dir, num_fewshot) for name in names]
+    return (
+        [_with_paper_prompt(spec, name) for spec, name in zip(specs, names, strict=True)]
+        if prompt == "paper"
+        else specs
+    )
+
+
+def task_questions(names: Sequence[str], *, data_dir: str | Path | None = None) -> dict[str, list[str]]:
+    """
+    The questions of each task without options and answers, by which its examples can be recognised in other data.
+
+    Args:
+        names: see [`task_specs`].
+        data_dir: see [`task_specs`].
+    """
+    tasks = task_manager().load(task_specs(names, data_dir=data_dir))["tasks"]
+    return {name: [_question(name, task, doc) for doc in task.eval_docs] for name, task in tasks.items()}
+
+
+@cache
+def task_manager() -> TaskManager:
+    """lm-eval's index of its own tasks, which takes seconds to make."""
+    return TaskManager()
 
 
 def base_task(name: str) -> str:
@@ -92,6 +136,27 @@ def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
         return {**_cloze(name), **overrides}
     # lm-eval applies overrides to a registered task where the task is named inside a group.
     return {"group": f"{name}_local", "task": [{"task": name, **overrides}]}
+
+
+def _question(name: str, task: Any, doc: dict[str, Any]) -> str:
+    return _joined(doc, base_task(name)) if base_task(name) in _QUESTION else task.doc_to_text(doc)
+
+
+def _joined(doc: dict[str, Any], task: str) -> str:
+    return " ".join(doc[column].strip() for column in _QUESTION[task])
+
+
+def _with_paper_prompt(spec: Any, name: str) -> Any:
+    if name not in CLOZE_TASKS:
+        raise ValueError(
+            f"prompt='paper' asks for an answer's text, but task {name!r} asks for a letter; use {name}_cloze, or "
+            "prompt='official'"
+        )
+    return {**spec, "doc_to_text": partial(_paper_prompt, task=base_task(name)), "target_delimiter": ""}
+
+
+def _paper_prompt(doc: dict[str, Any], *, task: str) -> str:
+    return PAPER_PROMPT.format(instruction="", input=_joined(doc, task))
 
 
 def _cloze(name: str) -> dict[str, Any]:

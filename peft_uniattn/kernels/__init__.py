@@ -2,15 +2,17 @@
 Fused kernels, and the one place that decides whether they run.
 
 `UNIATTN_KERNELS` says which: `auto` (the default: Triton's where they are faster), `off` (PyTorch only) or `triton`
-(Triton's for every size; complains where Triton is missing). What a kernel does not support is computed by PyTorch in
-every mode. Importing this package needs neither Triton nor a GPU.
+(Triton's for every size; complains where Triton is missing). Unset, the model's configuration says it. What a kernel
+does not support is computed by PyTorch in every mode. Importing this package needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,30 +22,114 @@ MODES = ("auto", "off", "triton")
 # 64 us for a follower). Without a compiled graph, that is lost where the values are smaller than this many bytes.
 _WORTH_LAUNCHING = 256 * 2**20
 
+# Weighing the tiles of a shorter prompt takes longer than skipping saves.
+_WORTH_SKIPPING = 8192
 
-def use(mode: str) -> None:
-    """Choose the kernels for this process, as `UNIATTN_KERNELS` does when it starts."""
+
+def use(mode: str | None) -> None:
+    """Choose the kernels for this process, as `UNIATTN_KERNELS` does at its start; None: as models are configured."""
     global _mode
-    if mode not in MODES:
+    if mode is not None and mode not in MODES:
         raise ValueError(f"UNIATTN_KERNELS={mode!r} is unknown; use one of {', '.join(MODES)}")
     _mode = mode
 
 
+def describe(configured: str | None = None) -> str:
+    """Which kernels are chosen, and the Triton that would run them, for receipts and cards."""
+    mode = _mode or configured or "auto"
+    if mode == "off":
+        return mode
+    try:
+        return f"{mode}, Triton {version('triton')}"
+    except PackageNotFoundError:
+        return f"{mode}, without Triton"
+
+
+def check_kernels(kernels: str, skip_mass: float) -> None:
+    """Raise ValueError if a configuration's `kernels` or `skip_mass` makes no sense."""
+    if kernels not in MODES:
+        raise ValueError(f"kernels={kernels!r} is unknown; use one of {', '.join(MODES)}")
+    if isinstance(skip_mass, bool) or not isinstance(skip_mass, (int, float)) or not 0 <= skip_mass < 1:
+        raise ValueError(f"skip_mass={skip_mass!r} must be a share of the probability mass, from 0 up to below 1")
+
+
+def lead(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float | None,
+    causal: bool,
+    configured: tuple[str | None, float] = (None, 0.0),
+) -> tuple[torch.Tensor, Any] | None:
+    """
+    A leader's attention without autograd by fused kernels.
+
+    Args:
+        query, key, value, mask: see `naive`.
+        scaling: default head_dim ** -0.5.
+        causal: whether, of several query positions without a mask, position i sees the keys 0 ... i.
+        configured: mode and skip_mass of the model's configuration.
+
+    Returns:
+        output (batch, query length, query heads, head_dim) and the shared softmax, whose `apply(value)` gives a
+        follower's output of the same shape; None where PyTorch is to compute it.
+    """
+    mode = _mode or configured[0] or "auto"
+    if query.shape[2] == 1:
+        if (decode := decode_kernels(query, key, value, mask, mode)) is None:
+            return None
+        span = None if mask is None else decode.visible_span(mask)
+        options = {"span": span, "scaling": scaling, "skip_mass": configured[1]}
+        output, shared = decode.leader_decode(query, key, value, mask, **options)
+        return output.transpose(1, 2), shared
+    if causal and mask is None and (prefill := prefill_kernels(query, key, value, configured[1], mode)) is not None:
+        return prefill.leader_prefill(query, key, value, scaling=scaling, skip_mass=configured[1])
+    return None
+
+
 def decode_kernels(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    mode: str | None = None,
 ) -> ModuleType | None:
     """
     What computes this leader's decoded token faster than PyTorch: the module `decode`, or None.
 
-    Args: see `naive`, which says what is computed.
+    Args: see `naive`, which says what is computed; `mode` defaults to this process's.
     """
-    if _mode == "off" or query.shape[2] != 1 or not _importable(_mode):
+    mode = mode or _mode or "auto"
+    if mode == "off" or query.shape[2] != 1 or not _importable(mode):
         return None
-    if _mode == "auto" and not torch.compiler.is_compiling() and value.nbytes < _WORTH_LAUNCHING:
+    if mode == "auto" and not torch.compiler.is_compiling() and value.nbytes < _WORTH_LAUNCHING:
         return None
     from . import decode
 
     return decode if decode.supports(query, key, value, mask) else None
+
+
+def prefill_kernels(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, skip_mass: float, mode: str | None = None
+) -> ModuleType | None:
+    """
+    What lets the followers of a prompt skip tiles: the module `prefill`, or None.
+
+    Without skipping there is none: a follower's recomputation by the model's own fused attention was the fastest at
+    every length that was measured.
+
+    Args: see `naive`, which says what is computed; `mode` defaults to this process's.
+    """
+    mode = mode or _mode or "auto"
+    if mode == "off" or not skip_mass or torch.compiler.is_compiling() or not _importable(mode):
+        return None
+    if mode == "auto" and query.shape[2] < _WORTH_SKIPPING:
+        return None
+    from . import prefill
+
+    return prefill if prefill.supports(query, key, value, None) else None
 
 
 @torch.compiler.assume_constant_result
@@ -62,4 +148,4 @@ def _import_decode(mode: str) -> bool:
     return True
 
 
-use(os.environ.get("UNIATTN_KERNELS", "auto"))
+use(os.environ.get("UNIATTN_KERNELS") or None)

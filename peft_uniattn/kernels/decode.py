@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 
 from . import decode_launch as launch
+from . import naive
 
 # The interpreter multiplies the bit patterns of bfloat16.
 _TYPES = (torch.float16,) if launch.INTERPRETED else (torch.bfloat16, torch.float16)
 # Query heads that share a key/value head; they are rows of one tile.
 _LARGEST_GROUP = 64
+# All blocks of a row are weighed at once in order to skip some.
+_LONGEST_SKIPPED = 2**19
 # The second dimension of a launch.
 _MOST_ROWS = 65535
 
@@ -25,17 +28,29 @@ class SharedSoftmax(NamedTuple):
         factors: (batch, key/value heads, blocks, group), float32.
         span: (1 or batch, parts, 2) visible positions, or None.
         length: number of key positions.
+        kept: (batch, key/value heads, blocks) the blocks that followers read, in front of what means nothing, or None:
+            all.
+        count: (batch, key/value heads) how many blocks are kept, or None.
+        dropped: (batch, key/value heads) a bound on the mass that any row loses with the other blocks, or None.
     """
 
     weights: torch.Tensor
     factors: torch.Tensor
     span: torch.Tensor | None
     length: int
+    kept: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> SharedSoftmax:
         """The same on another device, for models that are spread over several."""
-        span = None if self.span is None else self.span.to(device)
-        return SharedSoftmax(self.weights.to(device), self.factors.to(device), span, self.length)
+        return SharedSoftmax(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
+
+    def apply(self, value: torch.Tensor) -> torch.Tensor:
+        """s·V of a follower, (batch, 1, query heads, head_dim), by PyTorch where the kernels do not support V."""
+        if supports_follower(self, value):
+            return follower_decode(self, value).transpose(1, 2)
+        return naive.follower_decode(self.probabilities(), value).transpose(1, 2)
 
     def probabilities(self) -> torch.Tensor:
         """s as one tensor (batch, query heads, 1, length)."""
@@ -102,20 +117,26 @@ def leader_decode(
     span: torch.Tensor | None = None,
     scaling: float | None = None,
     softcap: float | None = None,
+    skip_mass: float = 0.0,
 ) -> tuple[torch.Tensor, SharedSoftmax]:
     """
     [`naive.leader_decode`] in one pass over keys and values.
 
     Args:
         span: (batch, 2) as specified, or what [`visible_span`] made of the mask.
+        skip_mass: how much of a row's mass followers may leave out. The leader's own output is exact.
 
     Returns:
         output (batch, query heads, 1, head_dim) and s.
     """
     span = _as_parts(span)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    output, weights, factors = launch.decode_leader(query, key, value, mask, span, scaling, softcap or 0.0)
-    return output, SharedSoftmax(weights, factors, span, key.shape[2])
+    skips = skip_mass > 0 and key.shape[2] <= _LONGEST_SKIPPED
+    output, weights, factors, sums = launch.decode_leader(
+        query, key, value, mask, span, scaling, softcap or 0.0, skips
+    )
+    kept = launch.decode_select(sums, factors, skip_mass) if skips else (None, None, None)
+    return output, SharedSoftmax(weights, factors, span, key.shape[2], *kept)
 
 
 def follower_decode(
@@ -132,8 +153,8 @@ def follower_decode(
         (batch, query heads, 1, head_dim).
     """
     if isinstance(shared, SharedSoftmax):
-        return launch.decode_follower(shared.weights, shared.factors, value, shared.span)
-    return launch.decode_follower(shared.contiguous(), None, value, _as_parts(span))
+        return launch.decode_follower(shared.weights, shared.factors, value, shared.span, shared.kept, shared.count)
+    return launch.decode_follower(shared.contiguous(), None, value, _as_parts(span), None, None)
 
 
 def visible_span(mask: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import decode_triton as kernels
+from . import shared_triton
 
 INTERPRETED = not isinstance(kernels.leader_split, triton.JITFunction)
 
@@ -50,8 +51,11 @@ def _on_its_device(launch):
 
 
 @_on_its_device
-def leader(query, key, value, mask, span, scaling, softcap, tuning=None, block=None):
-    """Output, weights and factors of a leader; `span` is (1 or batch, parts, 2), `softcap` 0.0 where there is none."""
+def leader(query, key, value, mask, span, scaling, softcap, sums=False, tuning=None, block=None):
+    """
+    Output, weights, factors and sums of a leader; `span` is (1 or batch, parts, 2), `softcap` 0.0 where there is none,
+    and sums are empty unless asked for.
+    """
     batch, query_heads, _, head_dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     tuning, block = tuning or LEADER[head_dim], block or BLOCK[head_dim]
@@ -59,7 +63,7 @@ def leader(query, key, value, mask, span, scaling, softcap, tuning=None, block=N
     splits = choose_splits(batch * kv_heads, blocks, tuning.programs * _multiprocessors(query.device))
     pdl, tma = query.is_cuda, _copy_engine(key, value)
 
-    output, weights, factors = leader_outputs(query, key, block)
+    output, weights, factors, block_sums = leader_outputs(query, key, block, sums)
     statistic = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     maximum, total, partial = statistic(rows, splits), statistic(rows, splits), statistic(rows, splits, head_dim)
     reference = torch.empty_like(factors)
@@ -69,22 +73,22 @@ def leader(query, key, value, mask, span, scaling, softcap, tuning=None, block=N
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK": block}
     kernels.leader_split[(splits, batch * kv_heads)](
         query, _states(key, block, tma), _states(value, block, tma), *_mask_pointer(mask, query),
-        query if span is None else span, *_span_stride(span), weights, reference, maximum, total, partial,
+        query if span is None else span, *_span_stride(span), weights, reference, block_sums, maximum, total, partial,
         query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
         length, blocks, splits, scale, softcap * _LOG2_E,
-        **shape, ROWS=_tile_rows(group), **_mask_kind(mask), SOFTCAP=bool(softcap), **spans, TMA=tma, PDL=pdl,
-        num_warps=tuning.warps, num_stages=tuning.stages, **_dependent(pdl),
+        **shape, ROWS=_tile_rows(group), **_mask_kind(mask), SOFTCAP=bool(softcap), **spans, SUMS=sums, TMA=tma,
+        PDL=pdl, num_warps=tuning.warps, num_stages=tuning.stages, **_dependent(pdl),
     )  # fmt: skip
     kernels.leader_combine[(rows,)](
         reference, maximum, total, partial, query if span is None else span, *_span_stride(span), output, factors,
         length, blocks, splits,
         **shape, SPLITS_PADDED=triton.next_power_of_2(splits), **spans, PDL=pdl, **_dependent(pdl),
     )  # fmt: skip
-    return output, weights, factors
+    return output, weights, factors, block_sums
 
 
-def leader_outputs(query, key, block=None):
-    """Empty output, weights and factors."""
+def leader_outputs(query, key, block=None, sums=False):
+    """Empty output, weights, factors and sums."""
     batch, query_heads, _, head_dim = query.shape
     block = block or BLOCK[head_dim]
     blocks, kv_heads = (key.shape[2] + block - 1) // block, key.shape[1]
@@ -92,6 +96,7 @@ def leader_outputs(query, key, block=None):
         query.new_empty(batch, query_heads, 1, head_dim),
         query.new_empty(batch, kv_heads, blocks, query_heads // kv_heads, block),
         query.new_empty(batch, kv_heads, blocks, query_heads // kv_heads, dtype=torch.float32),
+        query.new_empty(batch, kv_heads, blocks if sums else 0, query_heads // kv_heads, dtype=torch.float32),
     )
 
 
@@ -102,8 +107,11 @@ def follower_output(weights, factors, value):
 
 
 @_on_its_device
-def follower(weights, factors, value, span, tuning=None):
-    """s·V from weights and factors as a leader leaves them, or (`factors` None) from contiguous probabilities."""
+def follower(weights, factors, value, span, kept=None, count=None, tuning=None):
+    """
+    s·V from weights and factors as a leader leaves them, or (`factors` None) from contiguous probabilities; of the
+    blocks that [`select`] kept, or of all.
+    """
     batch, kv_heads, length, head_dim = value.shape
     tuning = tuning or FOLLOWER[head_dim]
     if factors is None:
@@ -120,10 +128,12 @@ def follower(weights, factors, value, span, tuning=None):
     partial = output if splits == 1 else value.new_empty(rows, splits, head_dim, dtype=torch.float32)
     kernels.follower_split[(splits, batch * kv_heads)](
         weights, weights if factors is None else factors, _states(value, block, tma),
-        value if span is None else span, *_span_stride(span), partial,
+        value if span is None else span, *_span_stride(span), value if kept is None else kept,
+        value if count is None else count, partial,
         *strides, *value.stride()[:3], length, blocks, splits,
         KV_HEADS=kv_heads, GROUP=group, ROWS=_tile_rows(group), HEAD_DIM=head_dim, BLOCK=block,
-        FACTORS=factors is not None, **_span_arguments(span), TMA=tma, PDL=pdl, COMBINED=splits > 1,
+        FACTORS=factors is not None, **_span_arguments(span), KEPT=kept is not None, TMA=tma, PDL=pdl,
+        COMBINED=splits > 1,
         num_warps=tuning.warps, num_stages=tuning.stages, **_dependent(pdl),
     )  # fmt: skip
     if splits > 1:
@@ -132,11 +142,41 @@ def follower(weights, factors, value, span, tuning=None):
 
 
 @_on_its_device
+def select(sums, factors, bound):
+    """
+    Which blocks followers need so that no row loses more than `bound` of its mass.
+
+    Args:
+        sums: (..., blocks, rows), the mass of each row and block; before multiplication with `factors` if these are
+            not None.
+
+    Returns:
+        (..., blocks) indices of the kept blocks, (...) their number, both int32, and (...) a bound on the mass that is
+        left out.
+    """
+    kept, count, dropped = select_outputs(sums)
+    blocks, group = sums.shape[-2:]
+    shared_triton.select[(count.numel(),)](
+        sums, sums if factors is None else factors, kept, count, dropped, blocks, bound, GROUP=group,
+        GROUP_PADDED=triton.next_power_of_2(group), BLOCKS_PADDED=triton.next_power_of_2(blocks),
+        FACTORS=factors is not None,
+    )  # fmt: skip
+    return kept, count, dropped
+
+
+def select_outputs(sums):
+    """Empty kept blocks, counts and left-out mass."""
+    many = sums.shape[:-2]
+    integers = {"dtype": torch.int32, "device": sums.device}
+    return sums.new_empty(sums.shape[:-1], dtype=torch.int32), torch.empty(many, **integers), sums.new_empty(many)
+
+
+@_on_its_device
 def normalise(weights, factors, length):
     """Probabilities (batch, query heads, 1, length) of weights and factors."""
     batch, kv_heads, blocks, group, block = weights.shape
     probabilities = weights.new_empty(batch, kv_heads * group, 1, length)
-    kernels.normalise[(triton.cdiv(length, 1024), batch * kv_heads * group)](
+    shared_triton.normalise[(triton.cdiv(length, 1024), batch * kv_heads * group)](
         weights, factors, probabilities, length, blocks, GROUP=group, BLOCK=block, TILE=1024
     )
     return probabilities
@@ -147,7 +187,7 @@ def mask_span(mask):
     """The span of each part of a mask's length, (1 or batch, parts, 2), of a mask (1 or batch, 1, 1, length)."""
     batch, length = mask.shape[0], mask.shape[3]
     span = torch.empty(batch, span_parts(length), 2, dtype=torch.int32, device=mask.device)
-    kernels.mask_span[(span.shape[1], batch)](
+    shared_triton.mask_span[(span.shape[1], batch)](
         *_mask_pointer(mask, mask), span, length, **_mask_kind(mask), CHUNK=_SPAN_CHUNK
     )
     return span
@@ -251,15 +291,23 @@ def _operator(schema, implementation, shapes):
 
 
 decode_leader = _operator(
-    "decode_leader(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? span, float scaling, float softcap)"
-    " -> (Tensor, Tensor, Tensor)",
-    lambda query, key, value, mask, span, scaling, softcap: leader(query, key, value, mask, span, scaling, softcap),
-    lambda query, key, value, mask, span, scaling, softcap: leader_outputs(query, key),
+    "decode_leader(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? span, float scaling, float softcap,"
+    " bool sums) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda query, key, value, mask, span, scaling, softcap, sums: leader(
+        query, key, value, mask, span, scaling, softcap, sums
+    ),
+    lambda query, key, value, mask, span, scaling, softcap, sums: leader_outputs(query, key, sums=sums),
+)
+decode_select = _operator(
+    "decode_select(Tensor sums, Tensor? factors, float bound) -> (Tensor, Tensor, Tensor)",
+    lambda sums, factors, bound: select(sums, factors, bound),
+    lambda sums, factors, bound: select_outputs(sums),
 )
 decode_follower = _operator(
-    "decode_follower(Tensor weights, Tensor? factors, Tensor value, Tensor? span) -> Tensor",
-    lambda weights, factors, value, span: follower(weights, factors, value, span),
-    lambda weights, factors, value, span: follower_output(weights, factors, value),
+    "decode_follower(Tensor weights, Tensor? factors, Tensor value, Tensor? span, Tensor? kept, Tensor? count)"
+    " -> Tensor",
+    lambda weights, factors, value, span, kept, count: follower(weights, factors, value, span, kept, count),
+    lambda weights, factors, value, span, kept, count: follower_output(weights, factors, value),
 )
 decode_probabilities = _operator(
     "decode_probabilities(Tensor weights, Tensor factors, int length) -> Tensor",

@@ -70,14 +70,17 @@ def _tile(
 @triton.jit(do_not_specialize=["length", "blocks", "splits"])
 def leader_split(
     query_ptr, key_ptr, value_ptr, mask_ptr, mask_batch, span_ptr, span_batch,
-    weights_ptr, reference_ptr, max_ptr, sum_ptr, partial_ptr,
+    weights_ptr, reference_ptr, sums_ptr, max_ptr, sum_ptr, partial_ptr,
     query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row,
     length, blocks, splits, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
     MASK: tl.constexpr, LOWEST: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr, SUMS: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one split: unnormalised output, maximum and sum of the split; weights and references of s."""
+    """
+    Attention of one split: unnormalised output, maximum and sum of the split; weights and references of s, and with
+    SUMS the sum of each row and block.
+    """
     split = tl.program_id(0)
     pair = tl.program_id(1)
     batch = pair // KV_HEADS
@@ -123,7 +126,8 @@ def leader_split(
         reference = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp2(scores - reference[:, None])
         decay = tl.exp2(maximum - reference)
-        total = total * decay + tl.sum(weights, 1)
+        sums = tl.sum(weights, 1)
+        total = total * decay + sums
         maximum = highest
 
         value = _tile(value_ptr, value_row, batch, head, block, length, HEAD_DIM, BLOCK, TMA)
@@ -137,6 +141,8 @@ def leader_split(
             mask=real[:, None], eviction_policy="evict_last",
         )  # fmt: skip
         tl.store(reference_ptr + line, maximum, mask=real)
+        if SUMS:
+            tl.store(sums_ptr + line, sums, mask=real)
 
     slot = (pair * GROUP + row).to(tl.int64) * splits + split
     tl.store(max_ptr + slot, maximum, mask=real)
@@ -190,13 +196,16 @@ def leader_combine(
 
 @triton.jit(do_not_specialize=["length", "blocks", "splits"])
 def follower_split(
-    weights_ptr, factors_ptr, value_ptr, span_ptr, span_batch, partial_ptr,
+    weights_ptr, factors_ptr, value_ptr, span_ptr, span_batch, kept_ptr, count_ptr, partial_ptr,
     weights_pair, weights_block, weights_row, value_batch, value_head, value_row, length, blocks, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-    FACTORS: tl.constexpr, SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr,
+    FACTORS: tl.constexpr, SPAN_PARTS: tl.constexpr, SPAN_PADDED: tl.constexpr, KEPT: tl.constexpr,
     TMA: tl.constexpr, PDL: tl.constexpr, COMBINED: tl.constexpr,
 ):  # fmt: skip
-    """s·V of one split, in the type of `partial_ptr` (the output itself where there is one split)."""
+    """
+    s·V of one split, in the type of `partial_ptr` (the output itself where there is one split); with KEPT of the
+    listed blocks only.
+    """
     split = tl.program_id(0)
     pair = tl.program_id(1)
     batch = pair // KV_HEADS
@@ -205,8 +214,14 @@ def follower_split(
         tl.extra.cuda.gdc_wait()
         if COMBINED:
             tl.extra.cuda.gdc_launch_dependents()
-    start, stop = _visible(span_ptr, span_batch, batch, length, SPAN_PARTS, SPAN_PADDED)
-    first, last = _share_of(split, splits, start, stop, BLOCK)
+    if KEPT:
+        count = tl.load(count_ptr + pair)
+        share = tl.cdiv(count, splits)
+        first = split * share
+        last = tl.minimum(first + share, count)
+    else:
+        start, stop = _visible(span_ptr, span_batch, batch, length, SPAN_PARTS, SPAN_PADDED)
+        first, last = _share_of(split, splits, start, stop, BLOCK)
 
     row = tl.arange(0, ROWS)
     column = tl.arange(0, HEAD_DIM)
@@ -217,7 +232,10 @@ def follower_split(
     factors_ptr += pair.to(tl.int64) * blocks * GROUP
 
     accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for block in range(first, last):
+    for index in range(first, last):
+        block = index
+        if KEPT:
+            block = tl.load(kept_ptr + pair.to(tl.int64) * blocks + index)
         value = _tile(value_ptr, value_row, batch, head, block, length, HEAD_DIM, BLOCK, TMA)
         pointer = weights_ptr + block * weights_block + row[:, None] * weights_row + here[None, :]
         if FACTORS:
@@ -253,39 +271,3 @@ def follower_combine(partial_ptr, output_ptr, splits, HEAD_DIM: tl.constexpr, PD
         )  # fmt: skip
         output += tl.sum(partial, 0)
     tl.store(output_ptr + row * HEAD_DIM + column, output.to(output_ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["length", "blocks"])
-def normalise(
-    weights_ptr, factors_ptr, probabilities_ptr, length, blocks,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """The probabilities themselves, for whoever wants them as one tensor (rows, length)."""
-    row = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = position < length
-    line = (row // GROUP * blocks + position // BLOCK) * GROUP + row % GROUP
-    factor = tl.load(factors_ptr + line, mask=inside, other=0.0)
-    # A factor of zero also marks what was never written.
-    weight = tl.load(weights_ptr + line * BLOCK + position % BLOCK, mask=inside & (factor != 0.0), other=0.0)
-    probability = (weight.to(tl.float32) * factor).to(probabilities_ptr.dtype.element_ty)
-    tl.store(probabilities_ptr + row * length + position, probability, mask=inside)
-
-
-@triton.jit(do_not_specialize=["length"])
-def mask_span(
-    mask_ptr, mask_batch, span_ptr, length, MASK: tl.constexpr, LOWEST: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """First visible position of one chunk of one sequence's mask and one past the last; (2^31 - 1, 0) without any."""
-    chunk = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    position = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = position < length
-    if MASK == 2:
-        entry = tl.load(mask_ptr + batch * mask_batch + position, mask=inside, other=float("-inf")).to(tl.float32)
-        visible = entry > LOWEST
-    else:
-        visible = tl.load(mask_ptr + batch * mask_batch + position, mask=inside, other=0) != 0
-    slot = (batch * tl.num_programs(0) + chunk) * 2
-    tl.store(span_ptr + slot, tl.min(tl.where(visible, position, 2147483647)))
-    tl.store(span_ptr + slot + 1, tl.max(tl.where(visible, position + 1, 0)))

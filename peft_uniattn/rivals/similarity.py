@@ -77,8 +77,7 @@ class _Meter:
         layer, attention = decoder.layers[layer_idx], decoder.attention(layer_idx)
         self.total = 0.0
         self.tokens: torch.Tensor | None = None
-        # Granite scales what it adds to the residual stream.
-        self._multiplier = getattr(layer, "residual_multiplier", 1.0)
+        self._multiplier = decoder.residual_multiplier(layer_idx)
         self._hooks = [
             layer.register_forward_pre_hook(self._enter, with_kwargs=True),
             attention.register_forward_hook(self._attend),

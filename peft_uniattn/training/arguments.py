@@ -11,6 +11,7 @@ from peft import PeftConfig
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from ..calibration import check_method
+from ..compensation import DESIGNS, NONE
 from ..config import UniAttnConfig
 from .data import DataArguments
 from .distillation.arguments import DistillationArguments
@@ -86,6 +87,13 @@ class PlanArguments:
             "choices": list(METHODS),
         },
     )
+    compensation: str = field(
+        default="attention_output",
+        metadata={
+            "help": "With method 'uniattn': where the compensation reads and adds; see UniAttnConfig.",
+            "choices": [*DESIGNS, NONE],
+        },
+    )
     dropped_layers: str | None = field(
         default=None, metadata={"help": "With method 'llmdrop': layers counted from 0, such as '18,21,19'."}
     )
@@ -122,7 +130,7 @@ class PlanArguments:
             from ..rivals import CLAConfig
 
             return CLAConfig(task_type="CAUSAL_LM", **plan)
-        return UniAttnConfig(task_type="CAUSAL_LM", r=self.rank, **plan)
+        return UniAttnConfig(task_type="CAUSAL_LM", r=self.rank, compensation=self.compensation, **plan)
 
 
 @dataclass
@@ -140,6 +148,10 @@ class RecipeArguments:
     adapter: str | None = field(
         default=None,
         metadata={"help": "Path or Hub name of an adapter that the first of the stages starts from."},
+    )
+    zero_init: bool = field(
+        default=False,
+        metadata={"help": "Let stage 2 start from W_c = 0 where no adapter is there (the paper's ablation, Table 2)."},
     )
     calibration_method: str = field(
         default="ridge",
@@ -198,9 +210,14 @@ class RecipeArguments:
 
     def __post_init__(self) -> None:
         names = [name.strip() for name in self.stages.split(",") if name.strip()]
-        if not names or not set(names) <= set(STAGES):
-            raise ValueError(f"stages={self.stages!r} must name some of {', '.join(STAGES)}, separated by commas")
-        self.stages = ",".join(name for name in STAGES if name in names)
+        if names == ["none"] and self.compare_with_base:
+            names = []
+        elif not names or not set(names) <= set(STAGES):
+            raise ValueError(
+                f"stages={self.stages!r} must name some of {', '.join(STAGES)}, separated by commas; or 'none' with "
+                "compare_with_base, to fine-tune the unmodified base alone"
+            )
+        self.stages = ",".join(name for name in STAGES if name in names) or "none"
         check_method(self.calibration_method)
         for name in ("calibration_examples", "stage1_max_steps"):
             value = getattr(self, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -17,12 +18,31 @@ from .data import IGNORE, batches
 Evaluation = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, float]]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Scores:
+    """
+    Attributes:
+        loss: mean cross-entropy in nats per completion token.
+        accuracy: share of completion tokens that the model holds to be the most probable, 0 to 1.
+    """
+
+    loss: float
+    accuracy: float
+
+
 def held_out_loss(
     model: nn.Module, dataset: Dataset, pad_token_id: int, *, batch_size: int = 8, name: str = "held-out loss"
 ) -> float:
+    """Mean cross-entropy in nats per completion token; arguments as in [`held_out_scores`]."""
+    return held_out_scores(model, dataset, pad_token_id, batch_size=batch_size, name=name).loss
+
+
+@torch.no_grad()
+def held_out_scores(
+    model: nn.Module, dataset: Dataset, pad_token_id: int, *, batch_size: int = 8, name: str = "held-out loss"
+) -> Scores:
     """
-    Mean cross-entropy in nats per completion token.
+    How well a model predicts completions.
 
     Args:
         model: a causal language model, with an adapter or not.
@@ -31,7 +51,7 @@ def held_out_loss(
         batch_size: rows per forward pass; it does not change the result.
         name: shown at the progress bar.
     """
-    total, tokens = 0.0, 0
+    total, right, tokens = 0.0, 0, 0
     steps = -(-len(dataset) // batch_size)
     with evaluation_mode(model):
         for batch in tqdm(batches(dataset, batch_size, pad_token_id, model.device), name, steps, leave=False):
@@ -41,8 +61,9 @@ def held_out_loss(
                 logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
             )
             total += losses.item()
+            right += int((logits.argmax(-1) == labels).sum())
             tokens += int((labels != IGNORE).sum())
-    return total / tokens
+    return Scores(total / tokens, right / tokens)
 
 
 @torch.no_grad()

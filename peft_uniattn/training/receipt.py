@@ -13,6 +13,7 @@ import trl
 from transformers import PreTrainedModel
 
 from ..cache import kv_bytes
+from ..kernels import describe
 from ..modes import evaluation_mode
 
 
@@ -28,7 +29,7 @@ def environment() -> dict[str, str]:
     """Versions and hardware."""
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), **versions, "device": device}
+    return {"python": platform.python_version(), **versions, "device": device, "kernels": describe()}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Receipt:
         superblocks: lists of layer indices, the leader first.
         num_layers: decoder layers of the model.
         kv_bytes_before: KV cache bytes per token of the base, measured.
-        kv_bytes_after: with the softmax shared, measured.
+        kv_bytes_after: with the softmax shared, measured; that of the base where nothing was unified.
         adapter_parameters: parameters of the compensation.
         adapter_bytes: size of the adapter's safetensors file; None if no adapter was saved.
         losses: held-out loss in nats per completion token, by step, in the order of the steps.

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..compensation import NONE
 from .arguments import STAGES, Arguments
 from .distributed import is_main_process, on_main_process
 from .journal import Journal
@@ -96,10 +97,12 @@ class TwoStageRun:
         return starts
 
     def _check_start(self, stage: str, start: str | None, done: dict[str, Any] | None) -> None:
-        if stage == "stage2" and start is None and self.arguments.plan.method == "uniattn":
+        plan, recipe = self.arguments.plan, self.arguments.recipe
+        compensated = plan.method == "uniattn" and plan.compensation != NONE
+        if stage == "stage2" and start is None and compensated and not recipe.zero_init:
             raise ValueError(
-                f"stages={self.arguments.recipe.stages!r}: stage 2 needs an adapter, and {self.output_dir} has none; "
-                "give one by adapter, or run stage1 before it"
+                f"stages={recipe.stages!r}: stage 2 needs an adapter, and {self.output_dir} has none; give one by "
+                "adapter, run stage1 before it, or say zero_init to start from W_c = 0"
             )
         if done is not None and done["start"] != start:
             raise ValueError(

@@ -236,20 +236,6 @@ def _check_not_offloaded(decoder: Decoder, plan: Plan) -> None:
             )
 
 
-def _check_base_is_frozen(model: nn.Module, adapter_content: str) -> None:
-    """Raise ValueError if base weights are being trained: an adapter file would silently lose them."""
-    if any(layer.base_was_trained for layer in uniattn_layers(model)):
-        raise ValueError(
-            "the base model's attention was trained together with the adapter, but an adapter file holds only "
-            f"{adapter_content}, so that training would be lost; save to_standalone(model) instead"
-        )
-    for name in trainable_base_parameters(model):
-        raise ValueError(
-            f"{name} is trainable, but an adapter file holds only {adapter_content}, so its training would be "
-            "lost; save to_standalone(model) instead, or freeze the base with requires_grad_(False)"
-        )
-
-
 def trainable_base_parameters(model: nn.Module) -> list[str]:
     """Names of parameters that are trainable and belong to no adapter."""
     kept = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
@@ -258,3 +244,17 @@ def trainable_base_parameters(model: nn.Module) -> list[str]:
             containers = [getattr(module, name) for name in module.adapter_layer_names]
             kept.update(id(p) for container in containers for p in container.parameters())
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+
+
+def _check_base_is_frozen(model: nn.Module, adapter_content: str) -> None:
+    """Raise ValueError if base weights are being trained: an adapter file would silently lose them."""
+    if any(layer.base_was_trained for layer in uniattn_layers(model)):
+        raise ValueError(
+            "the base model's attention was trained together with the adapter, but an adapter file holds only "
+            f"{adapter_content}, so that training would be lost; save to_standalone(model) instead"
+        )
+    if trained := trainable_base_parameters(model):
+        raise ValueError(
+            f"{trained[0]} is trainable, but an adapter file holds only {adapter_content}, so its training would be "
+            "lost; save to_standalone(model) instead, or freeze the base with requires_grad_(False)"
+        )

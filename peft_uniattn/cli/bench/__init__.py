@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from .decode import decode
+from .memory import memory
 from .train import train
+from .ttft import ttft
 
 app = typer.Typer(no_args_is_help=True, help="Measure cost on this machine; the last line printed is JSON.")
-app.command()(train)
-# With a single command typer would leave its name out.
-app.callback()(lambda: None)
+for command in (ttft, decode, memory, train):
+    app.command()(command)

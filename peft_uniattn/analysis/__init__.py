@@ -1,0 +1,1 @@
+"""Measurements of where softmax sharing is cheap, what it costs, and what compensation gives back."""

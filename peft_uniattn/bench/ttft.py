@@ -1,0 +1,150 @@
+"""
+Time to the first token: base and unified model on every attention back end of this machine, one process, in turns.
+
+A contender whose logits are wrong gets no time. The reference is the same model on the first fused back end, without
+kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .conditions import conditions
+from .contenders import Contender, Models, medians, running
+from .simulated import kept_share
+from .work import measured_rates, work
+
+# Relative error in the Euclidean norm of the last position's logits, between two ways to the same sums. Through layers
+# of random weights roundings grow: on an H100, FlashAttention and cuDNN were 0.05 apart, both right within 0.003 a
+# layer, and eager attention, whose probabilities are rounded, 0.1. What is wrong is at 1.
+GATE = {"bfloat16": 0.2, "float16": 0.05, "float32": 1e-3}
+# Eager attention holds all scores at once; longer prompts are left to the others.
+_LONGEST_EAGER = 8192
+
+
+@dataclass(frozen=True)
+class TtftBenchmark:
+    """
+    What to measure.
+
+    Attributes:
+        models: base and unified model.
+        lengths: tokens of the prompts.
+        batch_size: prompts.
+        skip_mass: mass that followers may leave out; 0 measures exact contenders only.
+        kept: share of tiles to keep, in place of what `skip_mass` keeps, which on random weights is all of them.
+        rounds: timed forwards of every contender.
+    """
+
+    models: Models = field(default_factory=Models)
+    lengths: tuple[int, ...] = (8192,)
+    batch_size: int = 1
+    skip_mass: float = 0.0
+    kept: float | None = None
+    rounds: int = 7
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 2:
+            raise ValueError(f"lengths={self.lengths} must name prompts of 2 tokens or more")
+        if self.rounds < 1 or self.batch_size < 1:
+            raise ValueError(f"rounds={self.rounds} and batch_size={self.batch_size} must be 1 or more")
+        if self.kept is not None and not 0 < self.kept <= 1:
+            raise ValueError(f"kept={self.kept} must be a share of the tiles, above 0 and up to 1")
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Measure everything; returns plain JSON types."""
+        device = self.models.torch_device
+        base, unified = self.models.build()
+        rates = measured_rates(device, base.dtype)
+        rows = []
+        for length in tqdm(self.lengths, desc="lengths", unit="length"):
+            rows.append(self._measure(base, unified, length, rates))
+        return {
+            "benchmark": "ttft",
+            "conditions": conditions(device) | {"measured_rates": rates},
+            "settings": asdict(self),
+            "superblocks": unified.config.superblocks,
+            "lengths": rows,
+        }
+
+    def _measure(
+        self, base: PreTrainedModel, unified: PreTrainedModel, length: int, rates: dict[str, float]
+    ) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.models.seed)
+        ids = torch.randint(base.config.vocab_size, (self.batch_size, length), generator=generator).to(base.device)
+        contenders = self._contenders(base, unified, ids)
+        references: dict[str, torch.Tensor] = {}
+        green = []
+        for contender in contenders:
+            works = contender.check(references, GATE[self.models.dtype])
+            if works or ("simulated" in contender.name and isinstance(contender.error, float)):
+                green.append(contender)
+        times = medians({contender.name: contender.run for contender in green}, base.device, self.rounds)
+        bounds = {
+            name: work(model, self.batch_size, length, length)
+            for name, model in (("base", base), ("unified", unified))
+        }
+        rows = {}
+        for contender in contenders:
+            model = bounds[contender.name.split()[0]]
+            rows[contender.name] = {"relative_error": contender.error, "peak_memory_bytes": contender.peak}
+            if contender.name in times:
+                seconds = times[contender.name]["median_ms"] / 1e3
+                achieved = {"tflop_per_s": model.flops / seconds / 1e12, "gb_per_s": model.bytes / seconds / 1e9}
+                rows[contender.name] |= times[contender.name] | achieved
+        return {
+            "length": length,
+            "work": {name: asdict(work) for name, work in bounds.items()},
+            "bound_ms": {name: work.bound_ms(**rates) for name, work in bounds.items()},
+            "contenders": rows,
+            "ratios": ratios(rows),
+        }
+
+    def _contenders(self, base: PreTrainedModel, unified: PreTrainedModel, ids: torch.Tensor) -> list[Contender]:
+        short = ids.shape[1] <= _LONGEST_EAGER
+        names = [name for name in self.models.measured_back_ends if short or name != "eager"]
+        contenders = [Contender(f"base {name}", self._forward(base, ids, name)) for name in names]
+        contenders += [Contender(f"unified {name}", self._forward(unified, ids, name)) for name in names]
+        if not self.skip_mass or ids.device.type != "cuda":
+            return contenders
+        for name in names:
+            if name not in ("sdpa cudnn", "sdpa flash"):
+                continue
+            options = {"kernels": "triton", "skip_mass": self.skip_mass, "kept": self.kept}
+            what = f"skip_mass {self.skip_mass}" if self.kept is None else f"simulated kept {self.kept}"
+            contenders.append(Contender(f"unified {name}, {what}", self._forward(unified, ids, name, **options)))
+        return contenders
+
+    def _forward(
+        self, model: PreTrainedModel, ids: torch.Tensor, back_end: str, *, kept: float | None = None, **kernels: Any
+    ) -> Callable[[], torch.Tensor]:
+        def forward() -> torch.Tensor:
+            with ExitStack() as stack:
+                stack.enter_context(running(model, back_end, **kernels))
+                if kept is not None:
+                    stack.enter_context(kept_share(kept, self.models.seed))
+                return model(ids, use_cache=True, logits_to_keep=1).logits
+
+        return forward
+
+
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Every unified contender against the fastest base, and eager against eager as the paper compares."""
+    times = {name: row["median_ms"] for name, row in rows.items() if "median_ms" in row}
+    bases = {name: time for name, time in times.items() if name.startswith("base")}
+    if not bases:
+        return {}
+    best = min(bases, key=bases.get)
+    found: dict[str, Any] = {"fastest_base": best}
+    found |= {name: time / bases[best] for name, time in times.items() if not name.startswith("base")}
+    if "base eager" in times and "unified eager" in times:
+        found["unified eager / base eager"] = times["unified eager"] / times["base eager"]
+    return found

@@ -1,0 +1,50 @@
+"""`peft-uniattn analyze show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import reported
+
+if TYPE_CHECKING:
+    from ...analysis.record import Record
+
+
+def show(
+    result: Annotated[Path, typer.Argument(help="What another analysis wrote with --output.")],
+    plot: Annotated[Path | None, typer.Option(help="Where to draw it: .svg, .png or .pdf.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+) -> None:
+    """
+    Print a result's table, and draw it, from its file alone. Example:
+
+        peft-uniattn analyze show similarity.json --plot similarity.svg
+    """
+    with reported():
+        from ...analysis import plots, tables
+        from ...analysis.record import Record
+
+        record = Record.load(result)
+        if plot is not None:
+            plots.plot(record, plot)
+        if markdown:
+            print(tables.markdown(record))
+        else:
+            print_table(record)
+
+
+def print_table(record: Record) -> None:
+    """Print a result for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ...analysis.tables import rows
+
+    head, *lines = rows(record)
+    table = Table(*head, title=record.analysis, caption=record.caption)
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)

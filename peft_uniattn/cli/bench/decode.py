@@ -1,0 +1,71 @@
+"""`peft-uniattn bench decode`: time of one decoded token."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import reported
+from .options import (
+    BackEnd,
+    Device,
+    Dtype,
+    Kept,
+    Model,
+    Output,
+    Rank,
+    Seed,
+    Shape,
+    SkipMass,
+    StartLayer,
+    SuperblockSize,
+)
+
+
+def decode(
+    shape: Shape = "llama-3.1-8b",
+    model: Model = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Sequences; repeatable, together with --length. Default: 16.")
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Cached tokens; repeatable. Default: 8192.")] = None,
+    superblock_size: SuperblockSize = 4,
+    start_layer: StartLayer = None,
+    rank: Rank = None,
+    skip_mass: SkipMass = 0.0,
+    kept: Kept = None,
+    back_end: BackEnd = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of every contender.", min=1)] = 20,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """
+    Time of one decoded token of base and unified model, on every fused attention back end, in turns.
+
+    On a GPU from CUDA graphs. The last line printed is one JSON document. Examples:
+
+        peft-uniattn bench decode --batch-size 16 --length 8192 --batch-size 32 --length 8192 --output decode.json
+
+        peft-uniattn bench decode --shape tiny --batch-size 2 --length 256 --rounds 3 --device cpu --dtype float32
+    """
+    with reported():
+        # Only now: torch and transformers take seconds that --help should not.
+        from ...bench.contenders import Models
+        from ...bench.decode import DecodeBenchmark
+        from .report import finish, print_card, print_contenders
+
+        batches, lengths = batch_size or [16], length or [8192]
+        if len(batches) != len(lengths):
+            raise ValueError(
+                f"{len(batches)} times --batch-size, {len(lengths)} times --length; give every one a mate"
+            )
+        models = Models(shape, model, superblock_size, start_layer, rank, dtype, device, seed, tuple(back_end or ()))
+        shapes = tuple(zip(batches, lengths, strict=True))
+        result = DecodeBenchmark(models, shapes, skip_mass, kept, rounds).run()
+        print_card(result, "One decoded token")
+        for row in result["shapes"]:
+            print_contenders(row, f"{row['batch_size']} x {row['length']:,} tokens")
+        finish(result, output)

@@ -1,0 +1,64 @@
+"""`peft-uniattn bench ttft`: time to the first token."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import reported
+from .options import (
+    BackEnd,
+    Device,
+    Dtype,
+    Kept,
+    Model,
+    Output,
+    Rank,
+    Seed,
+    Shape,
+    SkipMass,
+    StartLayer,
+    SuperblockSize,
+)
+
+
+def ttft(
+    shape: Shape = "llama-3.1-8b",
+    model: Model = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of the prompt; repeatable. Default: 8192.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
+    superblock_size: SuperblockSize = 4,
+    start_layer: StartLayer = None,
+    rank: Rank = None,
+    skip_mass: SkipMass = 0.0,
+    kept: Kept = None,
+    back_end: BackEnd = None,
+    rounds: Annotated[int, typer.Option(help="Timed forwards of every contender.", min=1)] = 7,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    seed: Seed = 0,
+    output: Output = None,
+) -> None:
+    """
+    Time to the first token of base and unified model, on every attention back end, in turns.
+
+    The last line printed is one JSON document. Examples:
+
+        peft-uniattn bench ttft --length 8192 --length 32768 --rank 256 --output ttft.json
+
+        peft-uniattn bench ttft --shape tiny --length 64 --device cpu --dtype float32
+    """
+    with reported():
+        # Only now: torch and transformers take seconds that --help should not.
+        from ...bench.contenders import Models
+        from ...bench.ttft import TtftBenchmark
+        from .report import finish, print_card, print_contenders
+
+        models = Models(shape, model, superblock_size, start_layer, rank, dtype, device, seed, tuple(back_end or ()))
+        benchmark = TtftBenchmark(models, tuple(length or [8192]), batch_size, skip_mass, kept, rounds)
+        result = benchmark.run()
+        print_card(result, "Time to the first token")
+        for row in result["lengths"]:
+            print_contenders(row, f"{batch_size} x {row['length']:,} tokens")
+        finish(result, output)

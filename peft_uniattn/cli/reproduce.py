@@ -1,0 +1,63 @@
+"""`peft-uniattn reproduce`: the paper's tables on a model and data of one's own."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import reported
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def reproduce(
+    context: typer.Context,
+    output_dir: Annotated[Path, typer.Option(help="Where results, table and plot go.")],
+    tables: Annotated[
+        str, typer.Option(help="Of main, ablation, designs, grouping, number, size; separated by commas.")
+    ] = "main",
+    seeds: Annotated[str, typer.Option(help="Seeds of every row, separated by commas.")] = "0",
+    tasks: Annotated[str, typer.Option(help="What to evaluate on, as in peft-uniattn eval.")] = (
+        "social_iqa_cloze,commonsense_qa_cloze"
+    ),
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Directory with the published evaluation files. Default: the Hub.", exists=True)
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="paper, as the rows are trained, or official.")] = "paper",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each set.", min=1)] = None,
+    stage1_share: Annotated[float, typer.Option(help="Share of the steps for stage 1.")] = 0.25,
+    jobs: Annotated[int, typer.Option(help="Rows at a time; on several GPUs they take turns.", min=1)] = 1,
+    keep_models: Annotated[bool, typer.Option(help="Keep every adapter and model.")] = False,
+) -> None:
+    """
+    Train and evaluate every row of the paper's tables: the base, plain post-training, UniAttn and its rivals.
+
+    All rows get the same data and the same number of optimizer steps; what is left over are the arguments of
+    `peft-uniattn train`. Ctrl-C is safe: the same command continues, row by row. Example:
+
+        peft-uniattn reproduce --config configs/smollm2-135m/choices.yaml --output-dir out --seeds 0,1,2
+    """
+    with reported(continue_with=shlex.join(["peft-uniattn", *sys.argv[1:]])):
+        from ..evaluation import task_specs
+        from ..reproduce import Reproduction
+        from ..reproduce.cell import Evaluation
+        from ..reproduce.table import table
+
+        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        task_specs(names, data_dir=data_dir, prompt=prompt)
+        run = Reproduction(
+            directory=output_dir,
+            argv=tuple(context.args),
+            tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
+            seeds=tuple(int(seed) for seed in seeds.split(",")),
+            evaluation=Evaluation(names, None if data_dir is None else str(data_dir), prompt=prompt, limit=limit),
+            stage1_share=stage1_share,
+            jobs=jobs,
+            keep_models=keep_models,
+        )
+        typer.echo(table(run.run()))
+        typer.echo(f"saved: {output_dir}/table.md, {output_dir}/accuracy.svg")

@@ -1,0 +1,5 @@
+"""Superblocks chosen by measurements: cheapest by calibration error, or most similar softmax activations."""
+
+from .choose import choose_superblocks
+
+__all__ = ["choose_superblocks"]

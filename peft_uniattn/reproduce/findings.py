@@ -1,0 +1,94 @@
+"""What the rows of the tables depend on, found on the base model once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+
+from ..evaluation import check_contamination, task_questions
+from ..grouping import choose_superblocks
+from ..inspection import find_adapter
+from ..plan import Plan
+from ..rivals import measure_attention_similarity
+from ..training.arguments import Arguments
+from ..training.data import LoadedData, batches, load_data
+from ..training.journal import write_atomically
+from ..training.loading import check_model, load_model, load_tokenizer
+from .cell import Evaluation
+from .matrix import Findings
+
+
+def find(arguments: Arguments, path: Path, *, tables: Sequence[str], evaluation: Evaluation) -> Findings:
+    """
+    Measure what `tables` depend on, or read it if it was measured before.
+
+    On the way it makes sure that no evaluation question is among the training data.
+
+    Args:
+        arguments: what all rows share.
+        path: file to keep the findings in.
+        tables: which tables are wanted.
+        evaluation: what the rows will be asked.
+
+    Raises:
+        ValueError: if training data hold evaluation questions, or the plan does not fit the model.
+    """
+    if path.exists():
+        return _read(path)
+    check_model(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, arguments.training)
+    data = load_data(arguments.data, tokenizer, max_length=arguments.training.max_length, seed=arguments.training.seed)
+    texts = [tokenizer.decode(row["input_ids"]) for row in data.train]
+    for name, questions in task_questions(evaluation.tasks, data_dir=evaluation.data_dir).items():
+        check_contamination(texts, questions, name=name)
+
+    model = load_model(arguments.model, arguments.training).to(arguments.training.device)
+    adapted = get_peft_model(model, arguments.plan.peft_config())
+    plan = find_adapter(adapted).plan
+    model = adapted.unload()
+
+    def loader() -> Iterator[dict[str, torch.Tensor]]:
+        return _batches(data, arguments, tokenizer.pad_token_id)
+
+    found = Findings(plan, measure_attention_similarity(model, loader()))
+    if "grouping" in tables:
+        for followers in _numbers_of_followers(plan):
+            found.by_error[followers] = choose_superblocks(model, loader(), followers=followers)
+            found.by_similarity[followers] = choose_superblocks(
+                model, loader(), followers=followers, method="similarity"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
+    return found
+
+
+def _batches(data: LoadedData, arguments: Arguments, pad_token_id: int) -> Iterator[dict[str, Any]]:
+    examples = Dataset.from_list(list(data.train.take(arguments.recipe.calibration_examples)))
+    size = arguments.training.per_device_eval_batch_size
+    for batch in batches(examples, size, pad_token_id, arguments.training.device):
+        del batch["labels"]
+        yield batch
+
+
+def _numbers_of_followers(plan: Plan) -> list[int]:
+    """Of the plans that the fixed grouping is compared on: the upper Superblocks, one more each time."""
+    blocks = plan.superblocks[::-1]
+    return [sum(len(block) - 1 for block in blocks[:count]) for count in range(1, len(blocks) + 1)]
+
+
+def _read(path: Path) -> Findings:
+    content = json.loads(path.read_text())
+    plan = content["plan"]
+    numbered = {
+        name: {int(followers): blocks for followers, blocks in content[name].items()}
+        for name in ("by_error", "by_similarity")
+    }
+    superblocks = tuple(tuple(block) for block in plan["superblocks"])
+    return Findings(Plan(superblocks, plan["num_layers"]), content["similarity"], **numbered)

@@ -1,0 +1,165 @@
+"""Which rows each of the paper's tables has, as arguments of the training recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..compensation import DESIGNS, NONE
+from ..plan import Plan
+from ..rivals import choose_layers_to_drop, half_of, num_layers_to_drop
+from ..training.arguments import STAGES
+
+# Superblock sizes whose number of followers divides 12 (Figure 4, right).
+SIZES = (2, 3, 4, 5, 7, 13)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One row of a table, trained once per seed.
+
+    Attributes:
+        name: what the row is called, and its folder.
+        flags: what `peft-uniattn train` is told beyond what all rows share.
+        stages: what of the recipe is run. ("none",) fine-tunes the unmodified base, () trains nothing at all.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ("stage2",)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """
+    What the rows depend on, found on the model and its training data before any row is run.
+
+    Attributes:
+        plan: the Superblocks that the arguments mean for the model.
+        similarity: cosine similarity of the input and output of every layer's attention, bottom to top.
+        by_error: for numbers of followers, the Superblocks of least calibration error.
+        by_similarity: for numbers of followers, the Superblocks of most similar softmax activations.
+    """
+
+    plan: Plan
+    similarity: Sequence[float]
+    by_error: dict[int, list[list[int]]] = field(default_factory=dict)
+    by_similarity: dict[int, list[list[int]]] = field(default_factory=dict)
+
+
+def cells(table: str, found: Findings) -> list[Cell]:
+    """
+    The rows of a table.
+
+    Args:
+        table: of [`TABLES`].
+        found: see [`Findings`].
+
+    Raises:
+        ValueError: for an unknown table.
+    """
+    if table not in TABLES:
+        raise ValueError(f"table {table!r} is not known; use one or more of {', '.join(TABLES)}")
+    return TABLES[table](found)
+
+
+def uniattn(name: str, superblocks: Sequence[Sequence[int]], *flags: str) -> Cell:
+    """Calibration, stage 1 and stage 2 with these Superblocks."""
+    return Cell(name, ("--superblocks", _as_text(superblocks), *flags), STAGES)
+
+
+POST_TRAIN = Cell("post-train", ("--compare_with_base", "true"), ("none",))
+
+
+def _main(found: Findings) -> list[Cell]:
+    """Table 1: the rivals at the same saving (half) and on the same layers (full)."""
+    plan = found.plan
+    return [
+        Cell("pre-trained", stages=()),
+        POST_TRAIN,
+        *(
+            Cell(f"llmdrop-{name}", ("--method", "llmdrop", "--dropped_layers", _dropped(found, half=half)))
+            for name, half in (("half", True), ("full", False))
+        ),
+        *(
+            Cell(f"cla-{name}", ("--method", "cla", "--superblocks", _as_text(blocks)))
+            for name, blocks in (("half", half_of(plan).superblocks), ("full", plan.superblocks))
+        ),
+        uniattn("uniattn", plan.superblocks),
+    ]
+
+
+def _ablation(found: Findings) -> list[Cell]:
+    """Table 2: what compensation, its initialisation and stage 1 bring."""
+    plan = ("--superblocks", _as_text(found.plan.superblocks))
+    return [
+        POST_TRAIN,
+        Cell("no-compensation", (*plan, "--compensation", NONE)),
+        Cell("zero-init", (*plan, "--zero_init", "true")),
+        Cell("calibrated", plan, ("calibrate", "stage2")),
+        uniattn("uniattn", found.plan.superblocks),
+    ]
+
+
+def _designs(found: Findings) -> list[Cell]:
+    """Table 8: where the compensation reads and adds."""
+    return [uniattn(f"design-{name}", found.plan.superblocks, "--compensation", name) for name in DESIGNS]
+
+
+def _grouping(found: Findings) -> list[Cell]:
+    """Table 9: fixed Superblocks from the top down, grouped by similarity, and chosen by calibration error."""
+    rows = []
+    blocks = found.plan.superblocks
+    for count in range(1, len(blocks) + 1):
+        kept = blocks[len(blocks) - count :]
+        followers = sum(len(block) - 1 for block in kept)
+        rows.append(uniattn(f"fixed-{followers}", kept))
+        if followers in found.by_similarity:
+            rows.append(uniattn(f"similarity-{followers}", found.by_similarity[followers]))
+        if followers in found.by_error:
+            rows.append(uniattn(f"error-{followers}", found.by_error[followers]))
+    return rows
+
+
+def _number(found: Findings) -> list[Cell]:
+    """Figure 4, left: the number of Superblocks, from the top down to the bottom of the model."""
+    size = len(found.plan.superblocks[-1])
+    top = found.plan.superblocks[-1][-1] + 1
+    starts = range(top - size, -1, -size)
+    return [
+        uniattn(f"number-{count}", [range(first, first + size) for first in starts[:count]][::-1])
+        for count in range(1, len(starts) + 1)
+    ]
+
+
+def _size(found: Findings) -> list[Cell]:
+    """Figure 4, right: the size of Superblocks at (about) the same number of followers, up to the top."""
+    followers, top = len(found.plan.followers), found.plan.superblocks[-1][-1] + 1
+    rows = []
+    for size in SIZES:
+        count = followers // (size - 1)
+        if count and count * size <= top:
+            firsts = range(top - count * size, top, size)
+            rows.append(uniattn(f"size-{size}", [range(first, first + size) for first in firsts]))
+    return rows
+
+
+TABLES: dict[str, Callable[[Findings], list[Cell]]] = {
+    "main": _main,
+    "ablation": _ablation,
+    "designs": _designs,
+    "grouping": _grouping,
+    "number": _number,
+    "size": _size,
+}
+
+
+def _as_text(superblocks: Sequence[Sequence[int]]) -> str:
+    return ",".join(f"{block[0]}-{block[-1]}" for block in superblocks)
+
+
+def _dropped(found: Findings, *, half: bool) -> str:
+    lowest = min(found.plan.leader_of)
+    number = num_layers_to_drop(found.plan, half=half)
+    return ",".join(map(str, choose_layers_to_drop(found.similarity, number, start_layer=lowest)))

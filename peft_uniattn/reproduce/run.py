@@ -1,0 +1,125 @@
+"""All rows of some tables with several seeds, one file each, so that an interrupted call goes on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ..training.arguments import parse_arguments
+from ..training.journal import write_atomically
+from .cell import CellResult, Evaluation, run_cell, steps_of
+from .findings import find
+from .matrix import TABLES, Cell, cells
+from .plot import plot
+from .table import table
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """
+    Args:
+        directory: where results, table and plot go. What is there already is not run again.
+        argv: arguments of the training recipe that all rows share, `--max_steps` among them.
+        tables: names of [`TABLES`].
+        seeds: of every row.
+        evaluation: what every row is asked.
+        stage1_share: share of the steps for stage 1, in rows that have one.
+        jobs: rows at a time, each in a process of its own; on several GPUs they take turns.
+        keep_models: leave adapters and models in the directory.
+
+    Raises:
+        ValueError: for unknown tables, no seeds, or shares and jobs out of range.
+    """
+
+    directory: Path
+    argv: tuple[str, ...]
+    tables: tuple[str, ...]
+    seeds: tuple[int, ...]
+    evaluation: Evaluation
+    stage1_share: float = 0.25
+    jobs: int = 1
+    keep_models: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.tables if name not in TABLES]
+        if unknown or not self.tables:
+            raise ValueError(f"tables={list(self.tables)} must be some of {', '.join(TABLES)}")
+        if not self.seeds:
+            raise ValueError("seeds is empty; give one or more")
+        if not 0 < self.stage1_share < 1:
+            raise ValueError(f"stage1_share={self.stage1_share} must lie between 0 and 1")
+        if self.jobs < 1:
+            raise ValueError(f"jobs={self.jobs} must be 1 or more")
+
+    def run(self) -> list[CellResult]:
+        """
+        Run what has not been run yet, and write `table.md` and `accuracy.svg`.
+
+        Raises:
+            ValueError: if training data hold evaluation questions, or arguments do not fit each other or the model.
+        """
+        shared = parse_arguments([*self.argv, "--output_dir", str(self.directory)])
+        found = find(shared, self.directory / "findings.json", tables=self.tables, evaluation=self.evaluation)
+        rows = list({cell.name: cell for name in self.tables for cell in cells(name, found)}.values())
+        for row in rows:
+            steps_of(row, shared, self.stage1_share)
+        # One seed of all rows before the next, so that an early stop leaves a whole table. Untrained rows have one.
+        work = [(row, seed) for seed in self.seeds for row in rows if row.stages or seed == self.seeds[0]]
+        results = {}
+        with tqdm(total=len(work), desc="reproducing", unit="row") as bar:
+            for result in self._results(work):
+                results[result.cell, result.seed] = result
+                bar.set_postfix_str(f"{result.cell} {result.mean_accuracy:.1f} %")
+                bar.update()
+        ordered = [results[cell.name, seed] for cell, seed in work]
+        write_atomically(self.directory / "table.md", table(ordered) + "\n")
+        plot(ordered, self.directory / "accuracy.svg", caption=self._caption(ordered))
+        return ordered
+
+    def _results(self, work: Sequence[tuple[Cell, int]]) -> Iterator[CellResult]:
+        run = partial(
+            _run_cell,
+            directory=self.directory,
+            argv=self.argv,
+            evaluation=self.evaluation,
+            stage1_share=self.stage1_share,
+            keep_models=self.keep_models,
+        )
+        if self.jobs == 1:
+            yield from (run(cell, seed) for cell, seed in work)
+            return
+        devices = multiprocessing.get_context("spawn").Queue()
+        for job in range(self.jobs):
+            devices.put(job % max(1, torch.cuda.device_count()))
+        with ProcessPoolExecutor(
+            self.jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_take_device,
+            initargs=(devices,),
+            max_tasks_per_child=1,
+        ) as pool:
+            for future in as_completed([pool.submit(run, cell, seed) for cell, seed in work]):
+                yield future.result()
+
+    def _caption(self, results: Sequence[CellResult]) -> str:
+        trained = next((result for result in results if result.steps), results[0])
+        return (
+            f"{sum(trained.steps.values())} steps each, {len(self.seeds)} seeds (bars: standard deviation), "
+            f"{trained.environment['device']}, torch {trained.environment['torch']}"
+        )
+
+
+def _run_cell(cell: Cell, seed: int, **options: object) -> CellResult:
+    return run_cell(cell, seed, **options)
+
+
+def _take_device(devices: multiprocessing.Queue) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())

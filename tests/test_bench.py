@@ -1,0 +1,156 @@
+"""`peft-uniattn bench ttft | decode | memory`: what is measured, what is printed, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from peft_uniattn.bench.contenders import Contender, Models, medians
+from peft_uniattn.bench.decode import DecodeBenchmark, random_cache, shared_cache, without_masks
+from peft_uniattn.bench.memory import MemoryBenchmark
+from peft_uniattn.bench.ttft import TtftBenchmark, ratios
+from peft_uniattn.bench.work import work
+from peft_uniattn.cli import app
+
+TINY = Models(shape="tiny", dtype="float32", device="cpu", rank=4)
+
+
+def document(*arguments: str) -> dict:
+    result = CliRunner().invoke(app, ["bench", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["ttft", "--length", "16", "--rounds", "2"], ["base sdpa", "base eager", "unified sdpa", "unified eager"]),
+        (["decode", "--batch-size", "2", "--length", "64", "--rounds", "2"], ["base sdpa", "unified sdpa"]),
+    ],
+)
+def test_the_last_line_is_json_with_every_contender_timed(arguments, names, tmp_path):
+    output = tmp_path / "result.json"
+    options = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--output", str(output)]
+    result = document(*arguments, *options)
+    assert json.loads(output.read_text()) == result
+    (row,) = result.get("lengths", result.get("shapes"))
+    assert list(row["contenders"]) == names
+    for contender in row["contenders"].values():
+        assert contender["median_ms"] > 0
+        assert contender["gb_per_s"] > 0
+        assert contender["relative_error"] < 1e-3
+    assert row["ratios"]["fastest_base"].startswith("base")
+    assert row["bound_ms"]["unified"] < row["bound_ms"]["base"]
+
+
+def test_the_cache_of_llama_3_1_8b_is_measured():
+    result = document("memory", "--shape", "llama-3.1-8b", "--device", "cpu", "--length", "64")
+    assert result["contenders"]["base"]["cache_bytes_per_token"] == 131_072
+    assert result["contenders"]["unified"]["cache_bytes_per_token"] == 106_496
+    assert result["ratio"] == 0.8125
+
+
+@pytest.mark.gpu
+def test_the_allocator_sees_what_is_counted():
+    rows = MemoryBenchmark(Models(shape="llama-3.1-8b", device="cuda")).run()["contenders"]
+    assert rows["base"]["allocated_bytes_per_token"] == 131_072
+    assert rows["unified"]["allocated_bytes_per_token"] == 106_496
+
+
+def test_a_wrong_result_gets_no_time(monkeypatch):
+    forward = TtftBenchmark._forward
+
+    def wrong(self, model, ids, back_end, **kernels):
+        run = forward(self, model, ids, back_end, **kernels)
+        broken = hasattr(model.config, "superblocks") and back_end == "eager"
+        return (lambda: run() + 1e3) if broken else run
+
+    monkeypatch.setattr(TtftBenchmark, "_forward", wrong)
+    (row,) = TtftBenchmark(TINY, (16,), rounds=1).run()["lengths"]
+    assert "median_ms" not in row["contenders"]["unified eager"]
+    assert row["contenders"]["unified eager"]["relative_error"] > 1
+    assert "unified eager" not in row["ratios"]
+    assert "median_ms" in row["contenders"]["unified sdpa"]
+
+
+def test_what_does_not_run_says_why():
+    def fail():
+        raise RuntimeError("no such kernel\nmore")
+
+    contender = Contender("base cudnn", fail)
+    assert not contender.check({}, 1.0)
+    assert contender.error == "RuntimeError: no such kernel"
+
+
+def test_decode_sees_all_of_the_cache_whatever_its_position():
+    base, unified = TINY.build()
+    cache = random_cache(base, 2, 32, seed=0)
+    token = torch.tensor([[3], [4]])
+    with torch.no_grad(), without_masks():
+        before = base(token, past_key_values=cache).logits
+        cache.layers[0].keys[:, :, 20:] += 1
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(0)
+        assert not torch.equal(before, base(token, past_key_values=cache).logits)
+    shared = shared_cache(unified, cache)
+    assert shared.layers[5].keys.data_ptr() == cache.layers[5].values.data_ptr()
+    assert shared.layers[4].keys.data_ptr() == cache.layers[4].keys.data_ptr()
+    assert shared.layers[5].values.shape[-1] == 0
+
+
+def test_base_and_unified_share_weights_and_the_base_is_untouched():
+    base, unified = TINY.build()
+    assert type(base).__name__ == "LlamaForCausalLM"
+    assert unified.config.superblocks == [[4, 5, 6, 7]]
+    assert base.model.layers[5].mlp.up_proj.weight.data_ptr() == unified.model.layers[5].mlp.up_proj.weight.data_ptr()
+    assert not hasattr(base.model.layers[5].self_attn, "uniattn_leader")
+
+
+def test_work_is_counted_from_the_shape():
+    base, unified = TINY.build()
+    # hidden 64, MLP 128, 8 layers, 4 query and 2 key/value heads of 16, vocabulary 256
+    linear = 8 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    one = work(base, 1, 1, 100)
+    assert one.flops == 2 * (linear + 64 * 256) + 16 * 2 * 100 * 64
+    assert one.bytes == 4 * (linear + 64 * 256 + 16 * 2 * 16 * 100)
+    followers = work(unified, 1, 1, 100)
+    assert one.bytes - followers.bytes == 4 * (3 * (64 * 64 + 64 * 32) - 3 * 2 * 4 * 64 + 3 * 2 * 16 * 100)
+
+
+def test_ratios_are_to_the_fastest_base():
+    rows = {"base a": {"median_ms": 4.0}, "base b": {"median_ms": 2.0}, "unified a": {"median_ms": 1.0}, "base c": {}}
+    assert ratios(rows) == {"fastest_base": "base b", "unified a": 0.5}
+
+
+def test_contenders_take_turns_in_changing_order():
+    seen = []
+    times = medians({name: lambda name=name: seen.append(name) for name in "abc"}, torch.device("cpu"), 8)
+    rounds = ["".join(seen[start : start + 3]) for start in range(0, 24, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 2
+    assert times.keys() == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Models(dtype="int8"), "dtype='int8' is not measured; use one of"),
+        (lambda: Models(device="cpu", back_ends=("sdpa cudnn",)), "are not on this machine; choose from eager, sdpa"),
+        (lambda: TtftBenchmark(TINY, (1,)), "must name prompts of 2 tokens or more"),
+        (lambda: TtftBenchmark(TINY, (8,), kept=0.0), "kept=0.0 must be a share of the tiles"),
+        (lambda: DecodeBenchmark(TINY, ((1, 8),)), "must be of 1 sequence and 352 tokens or more"),
+        (lambda: MemoryBenchmark(TINY, 0), "length=0 must be 1 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_a_model_is_built(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_the_command_line_reports_errors_in_one_sentence():
+    result = CliRunner().invoke(app, ["bench", "ttft", "--shape", "huge", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "shape='huge' is not known" in result.output

@@ -1,0 +1,228 @@
+"""The paper's tables on a model of one's own: the right rows, the same steps for all, one file each."""
+
+import json
+
+import pytest
+from recipe_runs import flags, write_inputs
+from typer.testing import CliRunner
+
+from peft_uniattn.cli import app
+from peft_uniattn.plan import make_plan
+from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells
+from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
+from peft_uniattn.reproduce.table import spread, table
+from peft_uniattn.training.arguments import parse_arguments
+
+# Layers 8 to 15 of 16: Superblocks [8-11] [12-15]; the upper a layer, the less its attention does.
+FOUND = Findings(
+    make_plan(16),
+    similarity=[layer / 16 for layer in range(16)],
+    by_error={3: [[0, 1], [4, 5, 6]], 6: [[0, 1, 2, 3], [4, 5, 6, 7]]},
+    by_similarity={3: [[2, 3, 4, 5]], 6: [[2, 3, 4, 5], [6, 7, 8, 9]]},
+)
+
+
+def rows(name):
+    return {cell.name: cell for cell in cells(name, FOUND)}
+
+
+def flag(cell, name):
+    return cell.flags[cell.flags.index(f"--{name}") + 1]
+
+
+def test_the_main_table_has_the_rows_of_table_1():
+    assert list(rows("main")) == [
+        *("pre-trained", "post-train", "llmdrop-half", "llmdrop-full", "cla-half", "cla-full", "uniattn"),
+    ]
+
+
+def test_rivals_work_on_half_and_on_all_of_the_layers():
+    main = rows("main")
+    assert flag(main["llmdrop-half"], "dropped_layers") == "15,14,13"
+    assert flag(main["llmdrop-full"], "dropped_layers") == "15,14,13,12,11,10"
+    assert flag(main["cla-half"], "superblocks") == "12-15"
+    assert flag(main["cla-full"], "superblocks") == "8-11,12-15"
+
+
+def test_the_ablation_has_the_rows_of_table_2():
+    ablation = rows("ablation")
+    assert {name: cell.stages for name, cell in ablation.items()} == {
+        "post-train": ("none",),
+        "no-compensation": ("stage2",),
+        "zero-init": ("stage2",),
+        "calibrated": ("calibrate", "stage2"),
+        "uniattn": ("calibrate", "stage1", "stage2"),
+    }
+
+
+def test_groupings_are_compared_at_equal_numbers_of_followers():
+    grouping = rows("grouping")
+    assert flag(grouping["fixed-3"], "superblocks") == "12-15"
+    assert flag(grouping["similarity-3"], "superblocks") == "2-5"
+    assert flag(grouping["error-3"], "superblocks") == "0-1,4-6"
+    assert flag(grouping["fixed-6"], "superblocks") == "8-11,12-15"
+
+
+def test_the_number_of_superblocks_grows_from_the_top_down():
+    assert [flag(cell, "superblocks") for cell in cells("number", FOUND)] == [
+        *("12-15", "8-11,12-15", "4-7,8-11,12-15", "0-3,4-7,8-11,12-15"),
+    ]
+
+
+def test_sizes_keep_the_number_of_followers():
+    assert [(cell.name, flag(cell, "superblocks")) for cell in cells("size", FOUND)] == [
+        ("size-2", "4-5,6-7,8-9,10-11,12-13,14-15"),
+        ("size-3", "7-9,10-12,13-15"),
+        ("size-4", "8-11,12-15"),
+        ("size-5", "11-15"),
+        ("size-7", "9-15"),
+    ]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_recipe_takes_the_flags_of_every_row(name, tmp_path):
+    for cell in cells(name, FOUND):
+        stages = ["--stages", ",".join(cell.stages)] if cell.stages else []
+        parse_arguments([*cell.flags, *stages, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"])
+
+
+@pytest.fixture
+def argv(tmp_path):
+    inputs = write_inputs(tmp_path)
+    given = flags(inputs, tmp_path / "unused", max_steps=6, calibration_examples=6)
+    # The paper's prompt, which the evaluation asks with; `output_dir` is reproduce's own.
+    return [*given[: given.index("--output_dir")], "--prompt_style", "paper", "--max_length", "48"]
+
+
+def test_every_row_gets_the_same_number_of_steps(argv, tmp_path):
+    shared = parse_arguments([*argv, "--output_dir", str(tmp_path)])
+    main = rows("main")
+    assert steps_of(main["uniattn"], shared, 1 / 3) == {"calibrate": 2, "stage1": 2, "stage2": 2}
+    assert steps_of(main["cla-full"], shared, 1 / 3) == {"stage2": 6}
+    assert steps_of(main["post-train"], shared, 1 / 3) == {"plain": 6}
+    assert steps_of(main["pre-trained"], shared, 1 / 3) == {}
+
+
+def test_too_few_steps_are_refused(argv, tmp_path):
+    shared = parse_arguments([*argv, "--output_dir", str(tmp_path), "--max_steps", "3"])
+    with pytest.raises(ValueError, match="max_steps=3 is used up before stage 2"):
+        steps_of(rows("main")["uniattn"], shared, 0.5)
+
+
+def test_a_missing_number_of_steps_is_refused(argv, tmp_path):
+    shared = parse_arguments([*argv, "--output_dir", str(tmp_path), "--max_steps", "-1"])
+    with pytest.raises(ValueError, match="same number of steps; say how many"):
+        steps_of(rows("main")["uniattn"], shared, 0.5)
+
+
+def test_cloze_tasks_count_by_length_normalised_likelihood():
+    metrics = {"acc,none": 0.25, "acc_norm,none": 0.5}
+    found = accuracies({"results": {"a_cloze": metrics, "b": metrics, "a_group": {"alias": "a"}}})
+    assert found == {"a_cloze": 50.0, "b": 25.0}
+
+
+def result(cell, seed, accuracy, kv_bytes, loss=None):
+    losses = {} if loss is None else {"base": 9.0, "after stage 2": loss}
+    return CellResult(cell, seed, accuracy, kv_bytes, losses, {"stage2": 5}, 1.0, [], {"device": "d", "torch": "2"})
+
+
+def test_a_table_shows_mean_and_deviation_over_seeds():
+    shown = table(
+        [
+            result("base", 0, {"a": 50.0, "b": 40.0}, 2000),
+            result("ours", 0, {"a": 52.0, "b": 44.0}, 1500, 2.0),
+            result("ours", 1, {"a": 54.0, "b": 46.0}, 1500, 3.0),
+        ]
+    ).splitlines()
+    assert shown[2] == "| base | 2,000 (100.0 %) | 50.0 | 40.0 | 45.0 | – | 1 |"
+    assert shown[3] == "| ours | 1,500 (75.0 %) | 53.0 ± 1.4 | 45.0 ± 1.4 | 49.0 ± 1.4 | 2.500 ± 0.707 | 2 |"
+
+
+def test_rows_that_were_asked_other_things_are_not_tabulated():
+    with pytest.raises(ValueError, match=r"b was asked \['y'\]"):
+        table([result("a", 0, {"x": 1.0}, 1), result("b", 0, {"y": 1.0}, 1)])
+
+
+def test_a_single_value_has_no_deviation():
+    assert spread([1.25]) == "1.2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tables": ("main", "other")}, r"tables=\['main', 'other'\] must be some of main"),
+        ({"seeds": ()}, "seeds is empty"),
+        ({"stage1_share": 1.0}, r"stage1_share=1.0 must lie between"),
+        ({"jobs": 0}, "jobs=0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(changes, words, tmp_path):
+    arguments = {"tables": ("main",), "seeds": (0,), **changes}
+    with pytest.raises(ValueError, match=words):
+        Reproduction(tmp_path, (), evaluation=Evaluation(("social_iqa_cloze",)), **arguments)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    questions = [
+        {
+            "context": f"w{number} w5 w6",
+            "question": "w7 w8 w9 w1 w3 w2",
+            "answerA": f"w{number}",
+            "answerB": f"w{number + 1}",
+            "answerC": f"w{number + 2}",
+            "correct": "ABC"[number % 3],
+        }
+        for number in range(6)
+    ]
+    (directory / "socialIQa_v1.4_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    return directory
+
+
+def reproduced(tmp_path, data_dir, argv, *more):
+    # A word is a token of the tiny tokenizer, and the paper's prompt puts nothing between itself and the answer.
+    asked = ["--tasks", "social_iqa_cloze", "--prompt", "official", "--data-dir", str(data_dir)]
+    return CliRunner().invoke(app, ["reproduce", "--output-dir", str(tmp_path / "out"), *asked, *more, *argv])
+
+
+@pytest.mark.slow
+def test_every_row_of_the_main_table_is_trained_evaluated_and_kept(tmp_path, data_dir, argv):
+    first = reproduced(tmp_path, data_dir, argv, "--seeds", "0,1")
+    assert first.exit_code == 0, first.output
+    results = {path.stem: CellResult.read(path) for path in (tmp_path / "out").glob("*-[01].json")}
+    assert len(results) == 1 + 2 * 6
+    assert {len(found.accuracy) for found in results.values()} == {1}
+    # 6 layers, Superblocks [0-2] [3-5]: UniAttn keeps 4 halves less, CLA-full 4 layers less.
+    whole = results["pre-trained-0"].kv_bytes
+    assert results["uniattn-0"].kv_bytes == whole * 2 // 3
+    assert results["cla-full-0"].kv_bytes == results["llmdrop-full-0"].kv_bytes == whole // 3
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert (tmp_path / "out" / "table.md").exists()
+    assert (tmp_path / "out" / "accuracy.svg").exists()
+
+
+def test_what_is_there_is_not_run_again(tmp_path, data_dir, argv, monkeypatch):
+    arguments = {
+        "tables": ("ablation",),
+        "seeds": (0,),
+        "evaluation": Evaluation(("social_iqa_cloze",), str(data_dir)),
+    }
+    run = Reproduction(tmp_path / "out", tuple(argv), **arguments)
+    rows_of = TABLES["ablation"]
+    monkeypatch.setitem(TABLES, "ablation", lambda found: rows_of(found)[1:2])
+    (before,) = run.run()
+    monkeypatch.setattr("peft_uniattn.reproduce.cell.TwoStageRun", None)
+    assert run.run() == [before]
+
+
+def test_evaluation_questions_in_training_data_stop_everything(tmp_path, data_dir, argv):
+    data = tmp_path / "data.jsonl"
+    leak = {"question": "w0 w5 w6 w7 w8 w9 w1 w3 w2", "answer": "w0"}
+    rows_before = [{"question": f"w{number} w1", "answer": "w2"} for number in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows_before, leak]))
+    outcome = reproduced(tmp_path, data_dir, [*argv, "--test_size", "0"])
+    assert outcome.exit_code == 1
+    assert "hold questions of the evaluation set social_iqa_cloze" in outcome.output
+    assert not list((tmp_path / "out").glob("*-0.json"))
