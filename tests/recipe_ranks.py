@@ -49,7 +49,7 @@ def one_rank(argv: list[str], rank: int, port: int, log: Path, dies_after: int |
 
     torch.set_num_threads(1)
     allow_fsdp_on_cpus()
-    count_moments(log, dies_after)
+    count_moments(None, dies_after, steps=True)
     with (
         open(log.with_suffix(f".{rank}"), "w") as file,
         contextlib.redirect_stdout(file),

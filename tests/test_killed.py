@@ -43,11 +43,14 @@ MOMENTS = {
     "in calibration": ("calibration.tmp", 9),
     "between the files of calibration's adapter": ("calibrated.tmp", 2),
     "in a checkpoint of stage 1": ("checkpoints/stage1/checkpoint-2", 4),
-    "while an old checkpoint goes": ("checkpoints/stage1/checkpoint-4/complete", 1),
-    "in a step of stage 2": ("nowhere", 3),
-    "in the standalone model's files": ("model.tmp", 2),
-    "in the journal": ("journal.json.tmp", 1),
-    "in the receipt": ("receipt.json.tmp", 1),
+    "in a step of stage 1": (killed_run.STEPS, 3),
+    "in the adapter's files, when stage 1 has ended": ("adapter.tmp", 2),
+    "in a step of stage 2": (killed_run.STEPS, 3),
+    "while a checkpoint is declared whole": ("checkpoints/stage2/checkpoint-4/complete", 1),
+    "in the standalone model's files, when stage 2 has ended": ("model.tmp", 2),
+    "while the journal is written": ("journal.json.tmp", 1),
+    "when checkpoints go": ("checkpoints/stage1", 1),
+    "while the receipt is written": ("receipt.json.tmp", 1),
 }
 
 

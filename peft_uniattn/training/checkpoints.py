@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .journal import write_through
@@ -40,11 +41,16 @@ class WholeCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()
 
 
-def newest_whole_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint of a trainer that was written to its end; the others are removed."""
+def whole_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a trainer that were written to their end, oldest first; the others are removed."""
     checkpoints = sorted(directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1]))
     for checkpoint in checkpoints:
         if not (checkpoint / MARKER).exists():
             shutil.rmtree(checkpoint)
-    whole = [checkpoint for checkpoint in checkpoints if checkpoint.exists()]
-    return whole[-1] if whole else None
+    return [checkpoint for checkpoint in checkpoints if checkpoint.exists()]
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether training had come to its end when `checkpoint` was written."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= state.max_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from .arguments import Arguments
-from .checkpoints import WholeCheckpoints, newest_whole_checkpoint
+from .checkpoints import WholeCheckpoints, is_last, whole_checkpoints
 from .distillation import DistillationTrainer
 from .distributed import on_main_process
 from .loading import load_model
@@ -63,6 +64,9 @@ def train(
             f"eval_strategy={training.eval_strategy.value!r} needs held-out examples, and the data has none; hold "
             "some out, or leave eval_strategy out"
         )
+    checkpoint, is_at_end = on_main_process(partial(_continue_from, training, isinstance(train_dataset, Dataset)))
+    if is_at_end:  # transformers would take one more step; so it loads the weights and takes none
+        training = dataclasses.replace(training, num_train_epochs=0, max_steps=-1)
     early_stop = arguments.recipe.early_stop() if stage == "stage1" else None
     logs = os.environ.get("TENSORBOARD_LOGGING_DIR", f"{arguments.training.output_dir}/logs")
     with patch_environment(tensorboard_logging_dir=f"{logs}/{stage}"):
@@ -78,9 +82,18 @@ def train(
         )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(StageProgress(stage))
-    checkpoint = on_main_process(lambda: newest_whole_checkpoint(Path(training.output_dir)))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def _continue_from(training: SFTConfig, has_length: bool) -> tuple[str | None, bool]:
+    """The checkpoint to continue from, and whether nothing is left to do after it."""
+    checkpoints = whole_checkpoints(Path(training.output_dir))
+    if checkpoints and not has_length and is_last(checkpoints[-1]):
+        checkpoints.pop()  # on a stream, at least one step has to be taken
+    if not checkpoints:
+        return None, False
+    return str(checkpoints[-1]), is_last(checkpoints[-1])
 
 
 def stage_arguments(arguments: Arguments, stage: str) -> SFTConfig:
