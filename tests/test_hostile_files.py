@@ -1,0 +1,145 @@
+"""
+Damaged and forged files, hundreds by seed: each is refused in words, or loads as what it holds, and nothing else.
+
+Whatever happens, the base model is bit for bit what it was. safetensors has no checksum, so flipped bits in values
+cannot be noticed; they must come out as the file has them.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import aligned, logits, moved, tiny_adapter, tiny_model
+from file_mutations import fields, mutate_json, mutate_weights
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from peft_uniattn import UniAttnLayer
+
+SECONDS = 20
+CLEAR = (ValueError, OSError, SafetensorError)
+CONFIGS = {
+    "full": {},
+    "low_rank": {"r": 3},
+    "explicit": {"superblocks": [[1, 2, 3], [4, 5]]},
+    "lm_head": {"modules_to_save": ["lm_head"]},
+}
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 97}
+
+
+def base_model():
+    return tiny_model(**SIZES)
+
+
+@contextmanager
+def time_limit(seconds: int):
+    def stop(*_):
+        raise AssertionError(f"still loading after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Bit-equal, where one NaN is like another."""
+    return torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+class Adapters:
+    """Saved adapters, a base model that outlives all attempts to load one, and what a loaded one has to return."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = aligned(base_model())
+        self.expected = logits(self.base)
+        for name, config in CONFIGS.items():
+            moved(tiny_adapter(base_model(), **config)).save_pretrained(folder / name)
+
+    def of_file(self, config: str, file: Path) -> torch.Tensor:
+        """Logits of an adapter that was never saved, with the tensors that `file` holds."""
+        model = tiny_adapter(base_model(), **CONFIGS[config])
+        for name, tensor in load_file(file).items():
+            target = name.replace("lm_head.", "lm_head.modules_to_save.default.").replace("W.w", "W.default.w")
+            target = target.replace("A.w", "A.default.w").replace("B.w", "B.default.w")
+            if target in dict(model.named_parameters()) and "default" in target:
+                model.get_parameter(target).data.copy_(tensor)
+        return logits(model)
+
+    def attempt(self, config: str, folder: Path) -> Exception | None:
+        """Load what is in `folder`; what it was refused with, if it was. The base must have survived."""
+        try:
+            with time_limit(SECONDS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = PeftModel.from_pretrained(self.base, folder)
+        except Exception as error:
+            self.check_base()
+            return error
+        found = logits(aligned(model))
+        assert same(found, self.of_file(config, folder / "adapter_model.safetensors")), "loaded, but something else"
+        model.unload()
+        if "modules_to_save" in CONFIGS[config]:
+            self.base = aligned(base_model())  # PEFT's unload() keeps the trained module
+        self.check_base()
+        return None
+
+    def check_base(self) -> None:
+        assert not any(isinstance(module, UniAttnLayer) for module in self.base.modules()), "left partly wrapped"
+        assert not hasattr(self.base, "peft_config")
+        assert torch.equal(logits(self.base), self.expected), "another base than before"
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    return Adapters(tmp_path_factory.mktemp("adapters"))
+
+
+def clear(error: Exception, file: Path) -> bool:
+    """Whether it is an error to expect; without a usable peft_type, PEFT cannot know what to call."""
+    content = fields(file)
+    if content is None or content.get("peft_type") != "UNIATTN":
+        return isinstance(error, (*CLEAR, KeyError, TypeError))
+    return isinstance(error, CLEAR) and 10 < len(str(error)) < 4000
+
+
+def fuzz_adapters(adapters: Adapters, folder: Path, seeds: range) -> dict[str, int]:
+    outcomes = {"refused": 0, "loaded": 0}
+    for seed in seeds:
+        rng = random.Random(seed)
+        config = rng.choice(sorted(CONFIGS))
+        shutil.copytree(adapters.folder / config, folder, dirs_exist_ok=True)
+        if rng.random() < 0.5:
+            how = mutate_weights(folder / "adapter_model.safetensors", rng)
+        else:
+            # Another design is another function of the same weights, and as good as the first.
+            how = mutate_json(folder / "adapter_config.json", rng, keep=("compensation",))
+        try:
+            error = adapters.attempt(config, folder)
+            assert error is None or clear(error, folder / "adapter_config.json"), repr(error)[:2000]
+        except AssertionError as failure:
+            raise AssertionError(f"seed {seed}, {config}: {how}: {failure}") from failure
+        outcomes["loaded" if error is None else "refused"] += 1
+    return outcomes
+
+
+def test_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path):
+    outcomes = fuzz_adapters(adapters, tmp_path / "adapter", range(200))
+    assert min(outcomes.values()) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 3000, 500))
+def test_two_thousand_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path, first):
+    fuzz_adapters(adapters, tmp_path / "adapter", range(first, first + 500))
