@@ -18,11 +18,13 @@ import pytest
 import torch
 from conftest import aligned, logits, moved, tiny_adapter, tiny_model
 from file_mutations import fields, mutate_json, mutate_weights
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from peft_uniattn import UniAttnLayer
+from peft_uniattn import UniAttnLayer, to_standalone
 
 SECONDS = 20
 CLEAR = (ValueError, OSError, SafetensorError)
@@ -143,3 +145,84 @@ def test_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path)
 @pytest.mark.parametrize("first", range(1000, 3000, 500))
 def test_two_thousand_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path, first):
     fuzz_adapters(adapters, tmp_path / "adapter", range(first, first + 500))
+
+
+OWN_FIELDS = {"superblocks", "follower_mask", "compensation_rank", "shared", "dropped_layers", "kernels", "skip_mass"}
+
+
+class Standalone:
+    """A saved standalone model, its configuration file, and what a loaded one has to return."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = aligned(to_standalone(moved(tiny_adapter(base_model()))))
+        self.model.save_pretrained(folder)
+        self.fields = fields(folder / "config.json")
+
+    def of_file(self, file: Path) -> torch.Tensor:
+        """Logits of the model with the tensors that `file` holds."""
+        model = to_standalone(moved(tiny_adapter(base_model())))
+        for name, parameter in model.named_parameters():
+            tensor = load_file(file).get(name)
+            parameter.data = torch.zeros_like(parameter) if tensor is None else tensor.to(parameter.dtype)
+        return logits(aligned(model))
+
+    def of_another_model(self, file: Path) -> bool:
+        """Whether fields that are transformers' own have changed: what they mean is not for this package to say."""
+        content = fields(file)
+        if content is None:
+            return True
+        return any(
+            content.get(name) != value for name, value in self.fields.items() if name not in OWN_FIELDS
+        ) or bool(content.keys() - self.fields.keys())
+
+    def attempt(self, folder: Path) -> Exception | None:
+        """Load what is in `folder`; what it was refused with, if it was."""
+        try:
+            with time_limit(SECONDS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, trust_remote_code=False)
+        except Exception as error:
+            return error
+        if not self.of_another_model(folder / "config.json"):
+            found = logits(aligned(model))
+            assert same(found, self.of_file(folder / "model.safetensors")), "loaded, but something else"
+        return None
+
+
+@pytest.fixture(scope="module")
+def standalone(tmp_path_factory):
+    return Standalone(tmp_path_factory.mktemp("standalone"))
+
+
+def fuzz_standalone(standalone: Standalone, folder: Path, seeds: range) -> dict[str, int]:
+    outcomes = {"refused": 0, "loaded": 0}
+    for seed in seeds:
+        rng = random.Random(seed)
+        shutil.copytree(standalone.folder, folder, dirs_exist_ok=True)
+        if rng.random() < 0.5:
+            how = mutate_weights(folder / "model.safetensors", rng)
+        else:
+            foreign = standalone.fields.keys() - OWN_FIELDS
+            how = mutate_json(folder / "config.json", rng, keep=tuple(foreign))
+        try:
+            error = standalone.attempt(folder)
+            shapes = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
+            foreign = standalone.of_another_model(folder / "config.json")
+            clear = isinstance(error, (*CLEAR, StrictDataclassError)) or shapes or foreign
+            assert error is None or clear, repr(error)[:2000]
+        except AssertionError as failure:
+            raise AssertionError(f"seed {seed}: {how}: {failure}") from failure
+        outcomes["loaded" if error is None else "refused"] += 1
+    return outcomes
+
+
+def test_damaged_standalone_models_are_refused_or_load_what_they_hold(standalone, tmp_path):
+    outcomes = fuzz_standalone(standalone, tmp_path / "model", range(100))
+    assert min(outcomes.values()) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 2000, 500))
+def test_a_thousand_damaged_standalone_models_are_refused_or_load_what_they_hold(standalone, tmp_path, first):
+    fuzz_standalone(standalone, tmp_path / "model", range(first, first + 500))
