@@ -61,6 +61,17 @@ class UniAttnLayer(AttentionTunerLayer):
         self.reset_compensation(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
+    @classmethod
+    def saved_shapes(
+        cls, attention: nn.Module, family: Family, hidden_size: int, config: UniAttnConfig
+    ) -> dict[str, tuple[int, ...]]:
+        if config.compensation == NONE:
+            return {}
+        inputs, outputs = DESIGNS[config.compensation].sizes(attention, family, hidden_size)
+        if config.r is None:
+            return {"uniattn_W.weight": (outputs, inputs)}
+        return {"uniattn_A.weight": (config.r, inputs), "uniattn_B.weight": (outputs, config.r)}
+
     def reset_compensation(self, adapter_name: str, init_weights: bool = True) -> None:
         """Set the compensation to zero, or to small random values if not `init_weights`."""
         if adapter_name in self.uniattn_W:

@@ -97,7 +97,7 @@ def make_plan(
         highest = max(layer for block in superblocks for layer in block)
         if highest >= num_layers:
             raise ValueError(
-                f"superblocks={_as_lists(superblocks)} names layer {highest}, but the model has {num_layers} decoder "
+                f"superblocks={_short(superblocks)} names layer {highest}, but the model has {num_layers} decoder "
                 f"layers (0 to {num_layers - 1}); leave that layer out"
             )
         plan = Plan(tuple(sorted(map(tuple, superblocks))), num_layers)
@@ -195,24 +195,27 @@ def check_superblocks(superblocks: Sequence[Sequence[int]]) -> None:
     """Raise ValueError unless `superblocks` holds disjoint runs of at least two consecutive layer indices."""
     if not isinstance(superblocks, (list, tuple)) or not superblocks:
         raise ValueError(
-            f"superblocks={superblocks!r} must be a non-empty list of lists of layer indices, such as [[16, 17, 18]]"
+            f"superblocks={_short(superblocks)} must be a non-empty list of lists of layer indices, such as "
+            "[[16, 17, 18]]"
         )
     seen: set[int] = set()
     for block in superblocks:
         if not isinstance(block, (list, tuple)) or not all(_is_index(layer) and layer >= 0 for layer in block):
-            raise ValueError(f"superblocks contains {block!r}; every Superblock is a list of layer indices from 0 up")
+            raise ValueError(
+                f"superblocks contains {_short(block)}; every Superblock is a list of layer indices from 0 up"
+            )
         if len(block) < 2:
             raise ValueError(
-                f"superblocks contains {list(block)}, which has no follower; a Superblock needs 2 layers or more"
+                f"superblocks contains {_short(block)}, which has no follower; a Superblock needs 2 layers or more"
             )
         if list(block) != list(range(block[0], block[0] + len(block))):
             raise ValueError(
-                f"superblocks contains {list(block)}, whose layers are not consecutive and ascending; list every "
+                f"superblocks contains {_short(block)}, whose layers are not consecutive and ascending; list every "
                 "layer from the leader up"
             )
         if overlap := seen.intersection(block):
             raise ValueError(
-                f"superblocks={_as_lists(superblocks)} uses layer {min(overlap)} twice; leave it in one of them"
+                f"superblocks={_short(superblocks)} uses layer {min(overlap)} twice; leave it in one of them"
             )
         seen.update(block)
 
@@ -221,5 +224,15 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _as_lists(superblocks: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [list(block) for block in superblocks]
+def _short(value: object) -> str:
+    """`value` as the user wrote it, tuples as lists."""
+    return shortened(repr(_as_lists(value)))
+
+
+def shortened(text: str) -> str:
+    """`text`, no longer than a message can be."""
+    return text if len(text) <= 400 else f"{text[:300]}… ({len(text)} characters)"
+
+
+def _as_lists(value: object) -> object:
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

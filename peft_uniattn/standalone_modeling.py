@@ -27,6 +27,11 @@ from .kv_sharing import KV_ATTENTION, follow_keys_and_values, forget_keys_and_va
 from .plan import DROPPED, KEYS_AND_VALUES, SOFTMAX, Plan, make_dropped_plan, make_plan
 from .skipping import NoAttention
 
+try:  # by its full name: see attention.py
+    from peft_uniattn.kernels import check_kernels
+except ImportError:
+    check_kernels = None
+
 PREFIX = "UniAttn"
 MODEL_TYPE_PREFIX = "uniattn_"
 
@@ -152,6 +157,22 @@ class UniAttnModelMixin:
                 _share_softmax(decoder, layer, leader, config)
         install_handover(decoder.backbone)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """
+        As transformers has it, which initialises at random what a checkpoint lacks; here only compensation may lack.
+
+        Raises:
+            ValueError: if the checkpoint lacks anything else.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if lacking := sorted(name for name in info["missing_keys"] if ".compensation" not in name):
+            raise ValueError(
+                f"the checkpoint lacks {lacking[0]!r} ({len(lacking)} weights are missing); load the files that "
+                "save_pretrained() wrote together"
+            )
+        return (model, info) if output_loading_info else model
+
     # generate_batch() and generate(cache_implementation="paged") begin with it.
     init_continuous_batching = refuse_continuous_batching
 
@@ -191,6 +212,14 @@ def standalone_plan(config: PretrainedConfig) -> Plan:
         ValueError: if it does not fit the model, or is none.
     """
     check_design(config.compensation)
+    if check_kernels is not None:
+        check_kernels(config.kernels, config.skip_mass)
+    rank = config.compensation_rank
+    if rank is not None and not (type(rank) is int and 1 <= rank <= config.hidden_size):
+        raise ValueError(
+            f"compensation_rank={rank!r} must be None (full compensation) or an integer from 1 to the hidden size of "
+            f"{config.hidden_size}"
+        )
     if config.shared not in (SOFTMAX, KEYS_AND_VALUES):
         raise ValueError(f"shared={config.shared!r} must be {SOFTMAX!r} or {KEYS_AND_VALUES!r}")
     if config.dropped_layers:

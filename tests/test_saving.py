@@ -12,7 +12,7 @@ import torch
 import transformers.utils.hub
 from conftest import aligned, changed, moved, prompt, tiny_adapter, tiny_model, weights
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -285,16 +285,50 @@ def test_a_tensor_of_another_shape_gives_an_error(tmp_path):
     adapter(r=4).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 5}))
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"size mismatch.*uniattn_A.*\(4, 32\) instead of \(5, 32\)"):
         loaded(tmp_path)
 
 
-def test_a_missing_tensor_gives_a_warning_that_names_it(tmp_path):
+def test_a_missing_tensor_gives_an_error_that_names_it(tmp_path):
     adapter().save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if "layers.4." not in name}, file)
-    with pytest.warns(UserWarning, match=r"missing adapter keys.*layers\.4\.self_attn\.uniattn_W"):
+    with pytest.raises(ValueError, match=r"lacks.*layers\.4\.self_attn\.uniattn_W.*1 of 4 tensors"):
         loaded(tmp_path)
+
+
+def test_a_file_that_names_weights_of_the_base_is_refused(tmp_path):
+    adapter().save_pretrained(tmp_path)
+    file, name = tmp_path / "adapter_model.safetensors", "base_model.model.model.norm.weight"
+    save_file({**load_file(file), name: torch.zeros(32, dtype=torch.float64)}, file)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*not part of the adapter"):
+        loaded(tmp_path)
+
+
+def test_the_folder_of_an_adapter_without_its_weights_is_refused(tmp_path):
+    adapter().save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    base = tiny_model()
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors; copy it there"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not any(isinstance(module, UniAttnLayer) for module in base.modules())
+
+
+def test_a_saved_configuration_can_be_changed_and_used_anew(tmp_path):
+    adapter().save_pretrained(tmp_path)
+    config = UniAttnConfig.from_pretrained(tmp_path)
+    config.r = 2
+    assert get_peft_model(tiny_model(), config).peft_config["default"].r == 2
+
+
+@pytest.mark.parametrize("name", ["", ".", "../up", "a/b", "a.b", "a\\b", "keys"])
+def test_an_adapter_name_that_is_no_folder_and_module_is_refused(name, tmp_path):
+    adapter().save_pretrained(tmp_path)
+    base = tiny_model()
+    before = weights(base)
+    with pytest.raises(ValueError, match="cannot be the name of a folder and of a module"):
+        PeftModel.from_pretrained(base, tmp_path, adapter_name=name)
+    assert not changed(before, weights(base))
 
 
 @pytest.mark.parametrize(

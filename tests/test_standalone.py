@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from conftest import (
     tiny_model,
     weights,
 )
+from huggingface_hub.errors import StrictDataclassError
 from oracle import unified_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -552,3 +554,21 @@ def test_remote_code_and_the_package_live_in_one_process(remote):
 def test_the_package_s_own_code_is_used_where_it_is_imported(tmp_path):
     model = reloaded(standalone(), tmp_path, trust_remote_code=True)
     assert type(model).__module__ == "peft_uniattn.standalone_modeling"
+
+
+def test_weights_that_a_checkpoint_lacks_are_refused_and_not_invented(tmp_path):
+    standalone = to_standalone(tiny_adapter())
+    standalone.save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.2.self_attn.v_proj.weight"
+    save_file({key: tensor for key, tensor in load_file(file).items() if key != name}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks '{re.escape(name)}' \(1 weights are missing\)"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 33, 2.0, True, "4"])
+def test_an_impossible_rank_of_the_compensation_is_refused(rank, tmp_path):
+    to_standalone(tiny_adapter()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "compensation_rank": rank}))
+    with pytest.raises((ValueError, StrictDataclassError), match="compensation_rank"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

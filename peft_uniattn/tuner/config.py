@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 
-from ..plan import Plan, check_superblock_size, check_superblocks, make_plan
+from ..plan import Plan, check_superblock_size, check_superblocks, make_plan, shortened
 
 
 @dataclass
@@ -41,6 +45,39 @@ class AttentionConfig(PeftConfig):
         default=None,
         metadata={"help": "Filled in on injection: the base model's shape, so that another base is refused."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_names("modules_to_save", self.modules_to_save)
+        if not isinstance(self.target_modules, str):
+            _check_names("target_modules", self.target_modules)
+        _check_token_indices(self.trainable_token_indices)
+        if not isinstance(self.base_layout, dict | None):
+            raise ValueError(f"base_layout={self.base_layout!r} must be None, or what injection filled in")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> AttentionConfig:
+        """Read a saved configuration, and remember from where: injection checks the weights beside it first."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / CONFIG_NAME} cannot be used: {shortened(str(error))}") from error
+        if folder.is_dir():
+            config._read = folder, config._essence()
+        return config
+
+    def weights_folder(self) -> Path | None:
+        """The folder of the adapter that this is the unchanged configuration of; None if there is none."""
+        folder, essence = getattr(self, "_read", (None, None))
+        return folder if self.base_layout is not None and essence == self._essence() else None
+
+    def _essence(self) -> dict[str, Any]:
+        """What decides which weights belong to this configuration."""
+        unrelated = {field.name for field in fields(PeftConfig)}
+        return {name: value for name, value in asdict(self).items() if name not in unrelated}
 
     def make_plan(self, num_layers: int, masks: list[str] | None = None) -> Plan:
         """
@@ -129,3 +166,22 @@ class SuperblockConfig(AttentionConfig):
             end_layer=self.end_layer,
             superblocks=self.superblocks,
         )
+
+
+def _check_names(name: str, value: object) -> None:
+    # PEFT turns lists into sets at times.
+    if value is None or (isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)):
+        return
+    raise ValueError(f"{name}={value!r} must be None or a list of names of modules, such as ['lm_head']")
+
+
+def _check_token_indices(value: object) -> None:
+    lists = list(value.values()) if isinstance(value, dict) else [[] if value is None else value]
+    if all(
+        isinstance(items, (list, tuple)) and all(type(item) is int and item >= 0 for item in items) for items in lists
+    ):
+        return
+    raise ValueError(
+        f"trainable_token_indices={value!r} must be None, a list of token ids from 0 up, or a dictionary of such "
+        "lists by the name of the embedding"
+    )

@@ -63,6 +63,13 @@ class AttentionTunerLayer(nn.Module, BaseTunerLayer):
         """Add the adapter `adapter_name`, in which this layer follows the layer `leader_idx`."""
         self.uniattn_leader[adapter_name] = leader_idx
 
+    @classmethod
+    def saved_shapes(
+        cls, attention: nn.Module, family: Family, hidden_size: int, config: AttentionConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights that an adapter adds to a changed layer, by name without the adapter's."""
+        return {}
+
     def compensation_rank(self, adapter_name: str) -> int | None:
         """Rank of the compensation of a follower; None if it is full, or if there is none."""
         return None

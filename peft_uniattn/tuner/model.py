@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import nn
 
 from ..attention import refuse_continuous_batching
@@ -16,6 +17,7 @@ from ..handover import install_handover, remove_handover
 from ..inspection import uniattn_layers
 from ..plan import Plan
 from .config import AttentionConfig
+from .files import Shapes, check_weight_file
 from .layer import AttentionTunerLayer
 
 
@@ -55,6 +57,9 @@ class AttentionTuner(BaseTuner):
         _check_modules_to_save(peft_config, self.model, targets)
         _check_not_offloaded(decoder, plan)
         _check_no_other_method(decoder, plan, self.tuner_layer_cls)
+        if folder := peft_config.weights_folder():
+            expected = self._saved_shapes(peft_config, decoder, plan)
+            check_weight_file(folder, expected, _optional_shapes(peft_config, self.model))
         self._check_model(decoder, plan)
         peft_config.target_modules = sorted(targets)
         peft_config.base_layout = layout
@@ -65,6 +70,17 @@ class AttentionTuner(BaseTuner):
 
     def _check_model(self, decoder: Decoder, plan: Plan) -> None:
         """Raise ValueError if the method would not do on this model what it should."""
+
+    def _saved_shapes(self, peft_config: AttentionConfig, decoder: Decoder, plan: Plan) -> Shapes:
+        """Shapes of what an adapter file for `peft_config` has to hold, by name in the model."""
+        shapes = _shapes_of_modules_to_save(peft_config, self.model)
+        hidden_size = self._text_config().hidden_size
+        for layer in (*plan.followers, *plan.dropped):
+            attention = decoder.attention(layer)
+            bare = attention.base_layer if isinstance(attention, AttentionTunerLayer) else attention
+            own = self.tuner_layer_cls.saved_shapes(bare, decoder.family, hidden_size, peft_config)
+            shapes.update({f"{decoder.attention_name(layer)}.{name}": shape for name, shape in own.items()})
+        return shapes
 
     def _text_config(self) -> Any:
         config = getattr(self.model, "config", None)
@@ -106,11 +122,12 @@ class AttentionTuner(BaseTuner):
         # A copy, because what is found out about this model is noted in it; the user may need theirs for another one.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         try:
+            _check_adapter_name(adapter_name)
             # The plan decides which modules are adapted; a state dict has no entry for leaders.
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
             )
-        except ValueError:
+        except (ValueError, OSError, SafetensorError):
             self._forget(model, adapter_name)
             raise
         # Every wrapped layer knows every adapter, so that after a deletion all of them pick the same next one.
@@ -181,6 +198,14 @@ def base_layout(config: Any) -> dict[str, int | str]:
     }
 
 
+def _check_adapter_name(name: str) -> None:
+    # It becomes the name of a folder when it is saved, and of a module, where PyTorch refuses it half-way.
+    if not name or any(character in name for character in "./\\\0") or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name={name!r} cannot be the name of a folder and of a module; use letters, digits, '-' and '_'"
+        )
+
+
 def _check_layout(peft_config: AttentionConfig, layout: dict[str, int | str]) -> None:
     saved = peft_config.base_layout
     if saved is not None and saved != layout:
@@ -223,6 +248,36 @@ def _check_no_other_method(decoder: Decoder, plan: Plan, layer_class: type[Atten
                 f"decoder layer {layer} has a {attention.method} adapter already, and a {layer_class.method} adapter "
                 "cannot be put around it; unload that one first"
             )
+
+
+def _shapes_of_modules_to_save(peft_config: AttentionConfig, model: nn.Module) -> Shapes:
+    """As PEFT picks them: modules whose names end like this, each saved under its own name."""
+    ends = tuple(peft_config.modules_to_save or ())
+    return {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name, module in model.named_modules()
+        if name.endswith(ends) and ".modules_to_save." not in name
+        for key, tensor in _original(module).state_dict().items()
+    }
+
+
+def _optional_shapes(peft_config: AttentionConfig, model: nn.Module) -> Shapes:
+    """Embeddings, which PEFT saves after their size was changed, and trained tokens of them."""
+    shapes = {}
+    names = {module: name for name, module in model.named_modules()}
+    indices = peft_config.trainable_token_indices or ()
+    lengths = {len(items) for items in (indices.values() if isinstance(indices, dict) else [indices])}
+    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        name, shape = names[module], tuple(_original(module).weight.shape)
+        shapes[f"{name}.weight"] = shape
+        for length in lengths:
+            shapes[f"{name}.token_adapter.trainable_tokens_delta"] = (length, *shape[1:])
+    return shapes
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """What a module is that PEFT may have wrapped to train it."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def _check_not_offloaded(decoder: Decoder, plan: Plan) -> None:
