@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, aligned, close, logits, loud, prompt, tiny_adapter, tiny_model, weights
+from conftest import (
+    CLASSES,
+    aligned,
+    close,
+    logits,
+    loud,
+    prompt,
+    tiny_adapter,
+    tiny_model,
+    transformers_adapters,
+    weights,
+)
 from oracle import positions
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.peft_types import PeftType
@@ -361,6 +372,7 @@ def test_copies_give_the_same_logits(method, convert, happens):
     assert torch.equal(logits(aligned(happens(model))), logits(aligned(model)))
 
 
+@transformers_adapters
 @every_method
 def test_transformers_own_adapter_calls_add_it(method):
     model = loud(tiny_model())
@@ -375,6 +387,7 @@ def test_there_is_nothing_to_calibrate():
             calibrate(adapter(method), [{"input_ids": prompt()}], progress=False)
 
 
+@transformers_adapters
 @pytest.mark.parametrize("first", ["cla", "llmdrop"])
 def test_two_methods_do_not_go_into_one_model(first):
     model = loud(tiny_model())
@@ -421,12 +434,13 @@ def test_lora_on_the_standalone_model_trains_and_merges(method, ids):
 
 WITHOUT_THE_PACKAGE = """
 import json, sys, torch
+sys.modules["peft_uniattn"] = None  # installed here, but as if it were not
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = torch.load(sys.argv[1] + "/ids.pt")
 tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
 torch.save((model(ids).logits, tokens), sys.argv[1] + "/out.pt")
-print(json.dumps([type(model).__module__, "peft_uniattn" in sys.modules]))
+print(json.dumps([type(model).__module__, sys.modules["peft_uniattn"] is not None]))
 """
 
 
@@ -436,7 +450,7 @@ def test_trust_remote_code_loads_it_without_the_package(method, tmp_path, ids):
     model.save_pretrained(tmp_path)
     torch.save(ids, tmp_path / "ids.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    # Isolated mode leaves the environment's paths out, among them that of this package.
+    # Isolated mode leaves the environment's paths out, among them that of the tests.
     command = [sys.executable, "-I", "-c", WITHOUT_THE_PACKAGE, str(tmp_path)]
     module, imported = json.loads(subprocess.check_output(command, cwd=tmp_path, env=environment, text=True))
     assert module.startswith("transformers_modules.") and not imported
