@@ -1,5 +1,6 @@
 """UniAttn (softmax unification) and its rivals as PEFT methods. Importing this package registers them with PEFT."""
 
+from . import seams  # noqa: F401, before what builds on them
 from .calibration import CalibrationReport, calibrate
 from .config import UniAttnConfig
 from .eviction import H2OCache, disable_h2o, enable_h2o, h2o

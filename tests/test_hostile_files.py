@@ -7,6 +7,7 @@ cannot be noticed; they must come out as the file has them.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -226,3 +227,38 @@ def test_damaged_standalone_models_are_refused_or_load_what_they_hold(standalone
 @pytest.mark.parametrize("first", range(1000, 2000, 500))
 def test_a_thousand_damaged_standalone_models_are_refused_or_load_what_they_hold(standalone, tmp_path, first):
     fuzz_standalone(standalone, tmp_path / "model", range(first, first + 500))
+
+
+class RunsCode:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.witness,)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(adapters, tmp_path):
+    shutil.copytree(adapters.folder / "full", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save({"x": RunsCode(tmp_path / "witness")}, tmp_path / "adapter" / "adapter_model.bin")
+    error = adapters.attempt("full", tmp_path / "adapter")
+    assert isinstance(error, ValueError)
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize("layers", [10**6, 10**18])
+def test_a_plan_of_a_million_layers_is_refused_at_once(adapters, tmp_path, layers):
+    shutil.copytree(adapters.folder / "full", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    content = fields(file)
+    for change in (
+        {"superblocks": [list(range(min(layers, 10**6)))]},
+        {"superblock_size": layers},
+        {"end_layer": layers},
+        {"r": layers},
+        {"base_layout": {**content["base_layout"], "num_hidden_layers": layers}},
+    ):
+        file.write_text(json.dumps({**content, **change}))
+        error = adapters.attempt("full", tmp_path / "adapter")
+        assert isinstance(error, ValueError)
+        assert len(str(error)) < 2000

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from ..plan import shortened
+from .config import AttentionConfig
 
 PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
 # As safetensors spells them. Other types would be cast silently, whatever their values mean.
 FLOATING = ("F64", "F32", "F16", "BF16")
 
@@ -56,6 +60,56 @@ def check_weight_file(folder: Path, expected: Shapes, optional: Shapes) -> None:
             )
         if dtype not in FLOATING:
             raise ValueError(f"{file} holds {name!r} as {dtype}; save it as one of {', '.join(FLOATING)}")
+
+
+def shapes_of_extra_parts(config: AttentionConfig, model: nn.Module) -> Shapes:
+    """Shapes of what an adapter file holds of `modules_to_save` and of trained tokens, by name in the model."""
+    ends = tuple(config.modules_to_save or ())
+    # As PEFT picks them: modules whose names end like this, each saved under its own name.
+    shapes = {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name, module in model.named_modules()
+        if name.endswith(ends) and ".modules_to_save." not in name
+        for key, tensor in _original(module).state_dict().items()
+    }
+    embedding = model.get_input_embeddings()
+    if embedding is not None and (indices := _tokens(config, name := _name(embedding, model))) is not None:
+        vocabulary, width = _original(embedding).weight.shape
+        if max(indices, default=0) >= vocabulary:
+            raise ValueError(
+                f"trainable_token_indices={shortened(repr(config.trainable_token_indices))} names token "
+                f"{max(indices)}, but the model has {vocabulary}; leave it out, or resize the embeddings first"
+            )
+        shapes[f"{name}.{TOKENS}"] = (len(indices), width)
+    return shapes
+
+
+def optional_shapes(config: AttentionConfig, model: nn.Module) -> Shapes:
+    """The same of what may be in the file: embeddings, which PEFT saves after their size was changed."""
+    shapes = {}
+    for embedding in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        name, shape = _name(embedding, model), tuple(_original(embedding).weight.shape)
+        shapes[f"{name}.weight"] = shape
+        if (indices := _tokens(config, name)) is not None:
+            shapes[f"{name}.{TOKENS}"] = (len(indices), *shape[1:])
+    return shapes
+
+
+def _tokens(config: AttentionConfig, embedding: str) -> list[int] | None:
+    """The trained tokens of an embedding; a list in the configuration means any, which is the input's for PEFT."""
+    indices = config.trainable_token_indices
+    if isinstance(indices, dict):
+        return next((items for end, items in indices.items() if embedding.endswith(end)), None)
+    return indices
+
+
+def _name(module: nn.Module, model: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """What a module is that PEFT may have wrapped to train it."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def _weight_file(folder: Path) -> Path:

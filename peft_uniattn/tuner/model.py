@@ -17,7 +17,7 @@ from ..handover import install_handover, remove_handover
 from ..inspection import uniattn_layers
 from ..plan import Plan
 from .config import AttentionConfig
-from .files import Shapes, check_weight_file
+from .files import Shapes, check_weight_file, optional_shapes, shapes_of_extra_parts
 from .layer import AttentionTunerLayer
 
 
@@ -59,7 +59,7 @@ class AttentionTuner(BaseTuner):
         _check_no_other_method(decoder, plan, self.tuner_layer_cls)
         if folder := peft_config.weights_folder():
             expected = self._saved_shapes(peft_config, decoder, plan)
-            check_weight_file(folder, expected, _optional_shapes(peft_config, self.model))
+            check_weight_file(folder, expected, optional_shapes(peft_config, self.model))
         self._check_model(decoder, plan)
         peft_config.target_modules = sorted(targets)
         peft_config.base_layout = layout
@@ -73,7 +73,7 @@ class AttentionTuner(BaseTuner):
 
     def _saved_shapes(self, peft_config: AttentionConfig, decoder: Decoder, plan: Plan) -> Shapes:
         """Shapes of what an adapter file for `peft_config` has to hold, by name in the model."""
-        shapes = _shapes_of_modules_to_save(peft_config, self.model)
+        shapes = shapes_of_extra_parts(peft_config, self.model)
         hidden_size = self._text_config().hidden_size
         for layer in (*plan.followers, *plan.dropped):
             attention = decoder.attention(layer)
@@ -248,36 +248,6 @@ def _check_no_other_method(decoder: Decoder, plan: Plan, layer_class: type[Atten
                 f"decoder layer {layer} has a {attention.method} adapter already, and a {layer_class.method} adapter "
                 "cannot be put around it; unload that one first"
             )
-
-
-def _shapes_of_modules_to_save(peft_config: AttentionConfig, model: nn.Module) -> Shapes:
-    """As PEFT picks them: modules whose names end like this, each saved under its own name."""
-    ends = tuple(peft_config.modules_to_save or ())
-    return {
-        f"{name}.{key}": tuple(tensor.shape)
-        for name, module in model.named_modules()
-        if name.endswith(ends) and ".modules_to_save." not in name
-        for key, tensor in _original(module).state_dict().items()
-    }
-
-
-def _optional_shapes(peft_config: AttentionConfig, model: nn.Module) -> Shapes:
-    """Embeddings, which PEFT saves after their size was changed, and trained tokens of them."""
-    shapes = {}
-    names = {module: name for name, module in model.named_modules()}
-    indices = peft_config.trainable_token_indices or ()
-    lengths = {len(items) for items in (indices.values() if isinstance(indices, dict) else [indices])}
-    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
-        name, shape = names[module], tuple(_original(module).weight.shape)
-        shapes[f"{name}.weight"] = shape
-        for length in lengths:
-            shapes[f"{name}.token_adapter.trainable_tokens_delta"] = (length, *shape[1:])
-    return shapes
-
-
-def _original(module: nn.Module) -> nn.Module:
-    """What a module is that PEFT may have wrapped to train it."""
-    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def _check_not_offloaded(decoder: Decoder, plan: Plan) -> None:
