@@ -22,16 +22,22 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_uniattn import UniAttnConfig, calibrate
 from peft_uniattn.inspection import find_adapter
-from peft_uniattn.quickstart.checkpoint import load_checkpoint
+from peft_uniattn.quickstart.checkpoint import PLAIN_CHAT_TEMPLATE, load_checkpoint
 from peft_uniattn.quickstart.data import load_examples
 from peft_uniattn.training.data import IGNORE, batches, tokenize
 from peft_uniattn.training.evaluation import held_out_loss, sample_answer
 from peft_uniattn.training.receipt import environment, measured_kv_bytes_per_token
 
+# For models that answer, and for base models, which continue.
 QUESTIONS = (
     "Why does the moon change its shape during a month?",
     "Give me three tips for keeping a house warm in winter without spending much.",
     "Write a Python function that returns the largest number in a list.",
+)
+OPENINGS = (
+    "The moon changes its shape during a month because",
+    "There are several ways to keep a house warm in winter without spending much. First,",
+    "Photosynthesis is the process by which",
 )
 
 
@@ -44,6 +50,14 @@ def surprise(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: list[
     ids = torch.tensor([prompt + answered], device=model.device)
     labels = torch.tensor([[IGNORE] * len(prompt) + answered], device=model.device)
     return model(ids, labels=labels).loss.item()
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Token ids of a question, up to where the answer begins."""
+    chat = [{"role": "user", "content": question}]
+    return list(
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    )
 
 
 def repetition(answer: str) -> float:
@@ -91,8 +105,9 @@ def main(
     held_out_examples: int = 12,
     steps: Annotated[int, typer.Option(help="Optimizer steps of stage 1.")] = 32,
     batch_size: int = 4,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 1e-5,
     new_tokens: int = 60,
+    repetition_penalty: Annotated[float, typer.Option(help="Small models repeat themselves, base or unified.")] = 1.2,
     seed: int = 0,
 ) -> None:
     """Calibrate, train W_c for some steps, and print loss, KV cache and answers before and after."""
@@ -102,9 +117,10 @@ def main(
     model, tokenizer, loaded_name = load_checkpoint(checkpoint, dtype=getattr(torch, dtype))
     train = tokenize(examples["train"].shuffle(seed=seed), tokenizer, max_length).dataset
     test = tokenize(examples["test"].select(range(held_out_examples)), tokenizer, max_length).dataset
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    asked = [list(tokenizer.apply_chat_template(chat, **options)["input_ids"]) for chat in chats]
+    model.generation_config.repetition_penalty = repetition_penalty
+    is_base = tokenizer.chat_template == PLAIN_CHAT_TEMPLATE
+    questions = OPENINGS if is_base else QUESTIONS
+    asked = [tokenizer(text)["input_ids"] if is_base else as_chat(tokenizer, text) for text in questions]
     losses, answers = {}, {}
 
     def measure(step: str, answering: bool = False) -> None:
@@ -145,7 +161,8 @@ def main(
         "losses": losses,
         "calibration": report.to_dict(),
         "stage 1": {**settings, "trained_parameters": model.get_nb_trainable_parameters()[0], "log": log},
-        "questions": QUESTIONS,
+        "questions": questions,
+        "repetition_penalty": repetition_penalty,
         "answers": answers,
         "nats_per_token_under_the_base": judged,
         "repeated_three_word_runs": {step: [*map(repetition, texts)] for step, texts in answers.items()},

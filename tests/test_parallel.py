@@ -118,7 +118,9 @@ def test_a_step_under_deepspeed_is_that_of_one_process(under_deepspeed, family, 
 @pytest.mark.parametrize("cut", [2, 3, 5])
 def test_a_standalone_model_can_be_offloaded_from_inside_a_superblock(cut, family, tmp_path):
     result = over_two_devices("standalone", cut, ("cpu", "disk"), "float64", "small", tmp_path, family)
-    assert result == {"logits": 0.0, "same_tokens": True, "devices": ["cpu", "meta"]}
+    # Gemma-2's factor on embeddings is a buffer of float32 where the model was built, of float64 where it was loaded.
+    assert result.pop("logits") <= (1e-6 if family == "gemma2" else 0)
+    assert result == {"same_tokens": True, "devices": ["cpu", "meta"]}
 
 
 def test_an_adapter_on_offloaded_layers_is_refused_with_the_way_out(tmp_path):
