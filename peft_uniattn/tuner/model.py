@@ -226,8 +226,8 @@ def _check_targets(peft_config: AttentionConfig, targets: set[str]) -> None:
     missed = sorted(name for name in targets if not BaseTuner._check_target_module_exists(peft_config, name))
     if missed:
         raise ValueError(
-            f"target_modules={shortened(repr(given))} does not match {missed[0]!r}, which the plan needs; leave target_modules None, "
-            "and choose the layers with superblocks or start_layer and end_layer"
+            f"target_modules={shortened(repr(given))} does not match {missed[0]!r}, which the plan "
+            "needs; leave target_modules None, and choose the layers with superblocks or start_layer and end_layer"
         )
 
 
@@ -237,8 +237,9 @@ def _check_modules_to_save(peft_config: AttentionConfig, model: nn.Module, targe
         hit = next((end for end in peft_config.modules_to_save or () if name.endswith(end)), None)
         if hit and name.replace(".base_layer.", ".").startswith(inside):
             raise ValueError(
-                f"modules_to_save={shortened(repr(peft_config.modules_to_save))} names {name!r}, which is inside an attention module "
-                "that the adapter wraps; leave it out, or train it in the model that to_standalone() returns"
+                f"modules_to_save={shortened(repr(peft_config.modules_to_save))} names {name!r}, which is "
+                "inside an attention module that the adapter wraps; leave it out, or train it in the model that "
+                "to_standalone() returns"
             )
 
 
