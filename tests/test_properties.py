@@ -211,11 +211,13 @@ class Machine:
     def reference(self, plan: dict, seed: int) -> torch.Tensor:
         """Logits of a model that never had another adapter."""
         model = tiny_model(hidden_size=16, intermediate_size=16)
+        torch.manual_seed(seed)  # A of a low-rank compensation starts at random
         return logits(aligned(moved(get_peft_model(model, UniAttnConfig(**plan)).eval(), seed=seed)))
 
     def add(self, name: str, plan: dict, seed: int) -> None:
         if name in self.expected.adapters:
             return
+        torch.manual_seed(seed)
         if not self.expected.adapters:
             self.model = get_peft_model(self.model, UniAttnConfig(**plan), adapter_name=name).eval()
             self.expected.active = name

@@ -15,7 +15,7 @@ from ..attention import refuse_continuous_batching
 from ..families import Decoder, check_back_end, find_decoder, find_family
 from ..handover import install_handover, remove_handover
 from ..inspection import uniattn_layers
-from ..plan import Plan
+from ..plan import Plan, shortened
 from .config import AttentionConfig
 from .files import Shapes, check_weight_file, optional_shapes, shapes_of_extra_parts
 from .layer import AttentionTunerLayer
@@ -210,7 +210,9 @@ def _check_layout(peft_config: AttentionConfig, layout: dict[str, int | str]) ->
     saved = peft_config.base_layout
     if saved is not None and saved != layout:
         differing = [name for name, value in layout.items() if saved.get(name) != value]
-        differences = ", ".join(f"{name}={saved.get(name)!r} instead of {layout[name]!r}" for name in differing)
+        differences = ", ".join(
+            f"{name}={shortened(repr(saved.get(name)))} instead of {layout[name]!r}" for name in differing
+        )
         raise ValueError(
             f"this adapter was made for another base model ({differences}); load the base it names: "
             f"{peft_config.base_model_name_or_path!r}"
@@ -224,8 +226,8 @@ def _check_targets(peft_config: AttentionConfig, targets: set[str]) -> None:
     missed = sorted(name for name in targets if not BaseTuner._check_target_module_exists(peft_config, name))
     if missed:
         raise ValueError(
-            f"target_modules={given!r} does not match {missed[0]!r}, which the plan needs; leave target_modules None, "
-            "and choose the layers with superblocks or start_layer and end_layer"
+            f"target_modules={shortened(repr(given))} does not match {missed[0]!r}, which the plan "
+            "needs; leave target_modules None, and choose the layers with superblocks or start_layer and end_layer"
         )
 
 
@@ -235,8 +237,9 @@ def _check_modules_to_save(peft_config: AttentionConfig, model: nn.Module, targe
         hit = next((end for end in peft_config.modules_to_save or () if name.endswith(end)), None)
         if hit and name.replace(".base_layer.", ".").startswith(inside):
             raise ValueError(
-                f"modules_to_save={peft_config.modules_to_save!r} names {name!r}, which is inside an attention module "
-                "that the adapter wraps; leave it out, or train it in the model that to_standalone() returns"
+                f"modules_to_save={shortened(repr(peft_config.modules_to_save))} names {name!r}, which is "
+                "inside an attention module that the adapter wraps; leave it out, or train it in the model that "
+                "to_standalone() returns"
             )
 
 
