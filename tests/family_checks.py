@@ -27,6 +27,7 @@ from peft_uniattn import UniAttnLayer, to_standalone
 from peft_uniattn.families import find_decoder, find_family
 from peft_uniattn.probe import check_sharing
 
+OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "Wo")
 LEADER_OF = {follower: block[0] for block in BLOCKS for follower in block[1:]}
 # Longer than every window and chunk.
 LENGTH = 9
@@ -55,7 +56,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> N
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules bottom to top, wrapped where they are."""
-    names = ("self_attn", "attention")
+    names = ("self_attn", "attention", "attn")
     layers = next(
         module.layers for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)
     )
@@ -138,7 +139,7 @@ def expected_output(layer: UniAttnLayer, x: Tensor, probabilities: Tensor) -> Te
     attention = layer.get_base_layer()
     value = separate_values(attention, x)
     value = value.repeat_interleave(probabilities.shape[1] // value.shape[1], dim=1)
-    projection = next(getattr(attention, name) for name in ("o_proj", "dense", "out_proj") if hasattr(attention, name))
+    projection = next(getattr(attention, name) for name in OUTPUT_PROJECTIONS if hasattr(attention, name))
     output = F.linear((probabilities @ value).transpose(1, 2).flatten(2), projection.weight, projection.bias)
     return output + x @ layer.uniattn_W["default"].weight.T
 
@@ -311,14 +312,8 @@ def check_standalone(case: Case, back_end: str) -> None:
     assert_close(run(standalone, mask=MASK), run(model, mask=MASK))
     for follower in LEADER_OF:
         names = {name for name, _ in attention_modules(standalone)[follower].named_parameters()}
-        assert {name.split(".")[0] for name in names} <= {
-            "v_proj",
-            "o_proj",
-            "dense",
-            "out_proj",
-            "compensation",
-            "sinks",
-        }
+        left = {"v_proj", *OUTPUT_PROJECTIONS, "compensation", "sinks"}
+        assert {name.split(".")[0] for name in names} <= left
 
 
 @torch.no_grad()
