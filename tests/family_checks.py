@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 
 import pytest
+import stream_stand_in
 import torch
 import torch.nn.functional as F
 from conftest import prompt
@@ -21,9 +22,18 @@ from family_models import BLOCKS, SINKS_APART, Case
 from oracle import Float64Throughout, positions
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
 
 from peft_uniattn import UniAttnLayer, to_standalone
+from peft_uniattn.cache import kv_bytes
 from peft_uniattn.families import find_decoder, find_family
 from peft_uniattn.probe import check_sharing
 
@@ -235,6 +245,38 @@ def check_cache(case: Case, back_end: str, kind: str) -> None:
     for layer in range(6):
         width = cache.layers[layer].values.shape[-1]
         assert (width == 0) == (layer in LEADER_OF), f"layer {layer} caches values of width {width}"
+
+
+def check_offloaded(case: Case, back_end: str) -> None:
+    """Tokens, of beams too, are the same from an offloaded cache, whose copies are late (stream_stand_in.py)."""
+    model = case.adapter(back_end)
+    options = {"attention_mask": MASK, "max_new_tokens": 4, "do_sample": False}
+    for beams in (1, 2):
+        expected = model.generate(IDS, num_beams=beams, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            stream_stand_in.install(patch)
+            actual = model.generate(IDS, num_beams=beams, cache_implementation="offloaded", **options)
+        assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def check_quantized_cache(case: Case, back_end: str) -> None:
+    """A cache that quantizes: the right logits where it rounds to 32 bits, and no keys of followers where to 8."""
+    model = case.adapter(back_end)
+
+    def after_two_steps(cache: Cache) -> Tensor:
+        model(IDS, past_key_values=cache)
+        return model(prompt(length=1, seed=3), past_key_values=cache).logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_utils.Fp8QuantizedLayer, "fp8_dtype", torch.float32)
+        actual = after_two_steps(QuantizedCache("fp8", model.config))
+    assert_close(actual, after_two_steps(DynamicCache(config=model.config)), 1e-4)
+    shared, own = (QuantizedCache("fp8", model.config) for _ in range(2))
+    after_two_steps(shared)
+    with model.disable_adapter():
+        after_two_steps(own)
+    assert kv_bytes(shared) == kv_bytes(own) * (1 - len(LEADER_OF) / 6 / 2)
 
 
 @in_float64
