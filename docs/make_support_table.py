@@ -5,7 +5,7 @@ Write the table of supported families from the results of their tests.
         --junitxml=families.xml
     python docs/make_support_table.py families.xml > docs/support.md
 
-Takes several files of results, where tests ran apart.
+Takes several files of results, where tests ran apart; of a test that ran more than once, the last result counts.
 """
 
 from __future__ import annotations
@@ -87,16 +87,19 @@ def speaks_for(module: str, name: str) -> Iterator[tuple[str, str]]:
 
 def read(paths: list[str]) -> dict[str, dict[str, bool]]:
     """Family -> column -> whether all its tests passed; columns of which every test was skipped are left out."""
+    cases = {
+        (case.get("classname", ""), case.get("name", "")): case
+        for path in paths
+        for case in ElementTree.parse(path).iter("testcase")
+        if case.find("skipped") is None
+    }
     results: dict[str, dict[str, bool]] = defaultdict(dict)
     back_ends = defaultdict(set)
-    for path in paths:
-        for case in ElementTree.parse(path).iter("testcase"):
-            if case.find("skipped") is not None:
-                continue
-            passed = case.find("failure") is None and case.find("error") is None
-            for family, column in speaks_for(case.get("classname", ""), case.get("name", "")):
-                results[family][column] = results[family].get(column, True) and passed
-                back_ends[family].update(re.findall(r"-(eager|sdpa)\]", case.get("name", "")))
+    for (module, name), case in cases.items():
+        passed = case.find("failure") is None and case.find("error") is None
+        for family, column in speaks_for(module, name):
+            results[family][column] = results[family].get(column, True) and passed
+            back_ends[family].update(re.findall(r"-(eager|sdpa)\]", name))
     for family, row in results.items():  # tests of no one back end speak for those that the family has
         for column in [name for name in row if name in COLUMNS[:4] and name.split(",")[0] not in back_ends[family]]:
             del row[column]
