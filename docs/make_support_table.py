@@ -37,8 +37,8 @@ HEAD = """# Supported families
 Written by `docs/make_support_table.py` from the results of `tests/test_families.py`, `tests/test_parallel.py` and
 `tests/test_wrapped_families.py` (its docstring says how to write it again). "yes": all tests of that column passed, on
 tiny random models on CPUs, in float64 where the column allows it. "–": not tested, because transformers has no such
-back end or cache for the family, or because the column is run for a few families only (those from DDP on). Nothing in
-those columns depends on the family, but that is an expectation and no result.
+back end or cache for the family, or because the column is run for some families only: "compiled", which is slow, and
+those from DDP on. That the others behave alike there is an expectation and no result.
 
 Every back end of a row runs with every cache of the row. "offloaded cache": greedy and beam search, on a model of GPU
 streams. "quantized cache": 8-bit floats, which transformers has for full attention only. "training" includes
