@@ -306,9 +306,10 @@ def __getattr__(name: str) -> type:
     parts = name.removeprefix(PREFIX).split(WITH) if name.startswith(PREFIX) else []
     classes = [getattr(transformers, part, None) for part in parts]
     if all(isinstance(found, type) for found in classes):
-        if len(classes) == 1 and issubclass(classes[0], PretrainedConfig):
-            return standalone_config_class(classes[0])
-        if classes and issubclass(classes[0], PreTrainedModel) and len(classes) <= 2:
+        kinds = [issubclass(found, PretrainedConfig) for found in classes]
+        if kinds == [True]:
+            return standalone_config_class(*classes)
+        if kinds in ([False], [False, True]) and issubclass(classes[0], PreTrainedModel):
             return standalone_class(*classes)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
