@@ -104,7 +104,7 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
     config = standalone_config_class(type(base.config)).from_dict(fields)
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
-        return standalone_class(type(base))(config)
+        return standalone_class(type(base), type(base.config))(config)
 
 
 def _standalone_state(adapter: Adapter) -> dict[str, torch.Tensor]:

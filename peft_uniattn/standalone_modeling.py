@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import follow, intercept_attention, past_key_values, refuse_continuous_batching
@@ -33,6 +33,8 @@ except ImportError:
     check_kernels = None
 
 PREFIX = "UniAttn"
+# Between the two classes in the name of a standalone class whose configuration is not its model class's own.
+WITH = "With"
 MODEL_TYPE_PREFIX = "uniattn_"
 
 
@@ -272,29 +274,50 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
 
 
 @cache
-def standalone_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The standalone version of a transformers model class."""
+def _standalone_class(
+    model_class: type[PreTrainedModel], config_class: type[PretrainedConfig]
+) -> type[PreTrainedModel]:
+    own = config_class is model_class.config_class
     members = {
-        "config_class": standalone_config_class(model_class.config_class),
+        "config_class": standalone_config_class(config_class),
         "__module__": __name__,
         "_auto_class": "AutoModelForCausalLM",
     }
-    return type(PREFIX + model_class.__name__, (UniAttnModelMixin, model_class), members)
+    name = model_class.__name__ if own else f"{model_class.__name__}{WITH}{config_class.__name__}"
+    return type(PREFIX + name, (UniAttnModelMixin, model_class), members)
+
+
+def standalone_class(
+    model_class: type[PreTrainedModel], config_class: type[PretrainedConfig] | None = None
+) -> type[PreTrainedModel]:
+    """
+    The standalone version of a transformers model class.
+
+    Args:
+        model_class: the class of the base model.
+        config_class: the class of its configuration, where that is of an architecture that borrows the model class of
+            another (InternLM-3 runs as a Llama). Default: what `model_class` names.
+    """
+    return _standalone_class(model_class, config_class or model_class.config_class)
 
 
 def __getattr__(name: str) -> type:
     """Make `UniAttn<Class>` when it is first asked for, by auto classes, pickle or the user."""
-    original = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if isinstance(original, type) and issubclass(original, PretrainedConfig):
-        return standalone_config_class(original)
-    if isinstance(original, type) and issubclass(original, PreTrainedModel):
-        return standalone_class(original)
+    parts = name.removeprefix(PREFIX).split(WITH) if name.startswith(PREFIX) else []
+    classes = [getattr(transformers, part, None) for part in parts]
+    if all(isinstance(found, type) for found in classes):
+        kinds = [issubclass(found, PretrainedConfig) for found in classes]
+        if kinds == [True]:
+            return standalone_config_class(*classes)
+        if kinds in ([False], [False, True]) and issubclass(classes[0], PreTrainedModel):
+            return standalone_class(*classes)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register_auto_classes() -> None:
     """Teach `AutoConfig` and `AutoModelForCausalLM` the standalone model types."""
     for model_type in FAMILIES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
-        model_class = standalone_class(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
-        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+        standalone = standalone_class(model_class, CONFIG_MAPPING[model_type])
+        AutoConfig.register(standalone.config_class.model_type, standalone.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(standalone.config_class, standalone, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import (
     CLASSES,
     aligned,
@@ -34,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from peft_uniattn import UniAttnConfig, to_standalone
+from peft_uniattn import UniAttnConfig, standalone_modeling, to_standalone
 from peft_uniattn.cache import kv_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -445,6 +446,21 @@ def test_a_lora_step_changes_only_lora(ids):
     optimizer.step()
     moved = changed(before, weights(lora))
     assert moved == {name for name in before if ".lora_" in name}
+
+
+@pytest.mark.skipif(not hasattr(transformers, "InternLM3Config"), reason="needs transformers with InternLM-3")
+def test_an_architecture_that_borrows_a_model_class_has_a_standalone_class_of_its_own():
+    found = standalone_modeling.UniAttnLlamaForCausalLMWithInternLM3Config
+    assert issubclass(found, transformers.LlamaForCausalLM)
+    assert found.config_class.model_type == "uniattn_internlm3"
+    assert found.config_class is standalone_modeling.UniAttnInternLM3Config
+    assert pickle.loads(pickle.dumps(found)) is found
+
+
+@pytest.mark.parametrize("name", ["Nothing", "LlamaForCausalLMWithNothing", "LlamaConfigWithLlamaConfig", "LlamaMLP"])
+def test_other_names_are_no_standalone_classes(name):
+    with pytest.raises(AttributeError, match=f"no attribute 'UniAttn{name}'"):
+        getattr(standalone_modeling, f"UniAttn{name}")
 
 
 WITHOUT_THE_PACKAGE = """
