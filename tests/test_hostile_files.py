@@ -148,7 +148,10 @@ def test_two_thousand_damaged_adapters_are_refused_or_load_what_they_hold(adapte
     fuzz_adapters(adapters, tmp_path / "adapter", range(first, first + 500))
 
 
-OWN_FIELDS = {"superblocks", "follower_mask", "compensation_rank", "shared", "dropped_layers", "kernels", "skip_mass"}
+OWN_FIELDS = {
+    *("superblocks", "follower_mask", "compensation_rank", "shared", "dropped_layers", "kernels", "skip_mass"),
+    "uniattn_version",
+}
 
 
 class Standalone:
