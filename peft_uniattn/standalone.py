@@ -41,8 +41,8 @@ def to_standalone(
         check_finite: refuse a compensation with NaN or infinite values.
 
     Raises:
-        ValueError: if there is no such adapter, if the base is quantized by other means, or if `check_finite` finds
-            something.
+        ValueError: if there is no such adapter, if the base is quantized by other means, if the compensation is too
+            large for the data type of the base, or if `check_finite` finds something.
     """
     adapter = find_adapter(model, adapter_name)
     base = adapter.base
@@ -153,11 +153,20 @@ def _compensation(adapter_name: str, layer: AttentionTunerLayer) -> dict[str, to
         return {}
     dtype = getattr(layer.base_layer, layer.family.value).weight.dtype
     containers = (("W", "compensation"), ("A", "compensation_A"), ("B", "compensation_B"))
-    return {
-        f"{key}.weight": linears[adapter_name].weight.detach().to(dtype)
+    found = {
+        f"{key}.weight": linears[adapter_name].weight.detach()
         for container, key in containers
         if adapter_name in (linears := getattr(layer, f"uniattn_{container}"))
     }
+    largest = torch.finfo(dtype).max
+    for key, weight in found.items():
+        # float16 ends where float32 goes on.
+        if torch.finfo(weight.dtype).max > largest and (weight.isfinite() & (weight.abs() > largest)).any():
+            raise ValueError(
+                f"{key} of decoder layer {layer.layer_idx} exceeds what the base's {dtype} can hold; load the base in "
+                "torch.bfloat16 or torch.float32"
+            )
+    return {key: weight.to(dtype) for key, weight in found.items()}
 
 
 def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:
