@@ -166,17 +166,20 @@ CHECKS = {
     ("name", "count"),
     [(name, 50) for name in CHECKS] + [pytest.param(name, 500, marks=pytest.mark.slow) for name in CHECKS],
 )
-def test_random_models_agree_with_the_oracle(name, count):
+def test_random_models_agree_with_the_oracle(name, count, record_property):
     check, extra = CHECKS[name]
+    tried = []
 
     @examples(count)
     @given(st.data())
     def run(data):
+        tried.append(1)
         with Float64Throughout():
             made, batch = make(**data.draw(shapes())), data.draw(batches())
             check(made, batch, **{key: data.draw(strategy) for key, strategy in extra.items()})
 
     run()
+    record_property("examples of models", len(tried))
 
 
 NAMES = ["default", "b", "c"]
@@ -316,10 +319,13 @@ STEPS = st.one_of(
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
-def test_random_sequences_of_verbs_leave_the_expected_adapters(count):
+def test_random_sequences_of_verbs_leave_the_expected_adapters(count, record_property):
+    tried = []
+
     @examples(count)
     @given(ADD, st.lists(STEPS, min_size=3, max_size=12))
     def run(first, others):
+        tried.append(1)
         folder = Path(tempfile.mkdtemp())
         try:
             machine = Machine(folder)
@@ -330,3 +336,4 @@ def test_random_sequences_of_verbs_leave_the_expected_adapters(count):
             shutil.rmtree(folder)
 
     run()
+    record_property("examples of verbs", len(tried))
