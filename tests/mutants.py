@@ -85,7 +85,7 @@ def change(node: ast.AST) -> tuple[str, ast.AST] | None:
         case ast.If() | ast.IfExp():
             node.test = ast.UnaryOp(ast.Not(), node.test)
             return "condition negated", node
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr()) if ast.unparse(node.value) != "None":
             return "return None", ast.Return(ast.Constant(None))
     return None
 

@@ -67,7 +67,7 @@ def decode(model, cache, steps: int, watch, every: int = 10_000) -> torch.Tensor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [100_000])
-def test_decoding_with_a_sliding_window_neither_grows_nor_drifts(steps, record_property):
+def test_decoding_with_a_sliding_window_neither_grows_nor_drifts(steps):
     model = decoder("mistral", sliding_window=WINDOW)
     fresh = decoder("mistral", sliding_window=WINDOW)
     cache, footprints, sizes = DynamicCache(config=model.config), [], set()
@@ -85,12 +85,11 @@ def test_decoding_with_a_sliding_window_neither_grows_nor_drifts(steps, record_p
     assert cache.get_seq_length() == steps
     assert len(sizes) == 1
     footprints[-1].check_same_as(footprints[1])
-    record_property("decode steps", steps)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [100_000])
-def test_decoding_with_a_cache_that_evicts_neither_grows_nor_drifts(steps, record_property):
+def test_decoding_with_a_cache_that_evicts_neither_grows_nor_drifts(steps):
     """The cache is a function of all that went before, so a second model that has decoded nothing takes it over."""
     model, fresh = decoder("llama"), decoder("llama")
     cache, footprints, sizes = H2OCache(budget=16, recent=8), [], set()
@@ -112,7 +111,6 @@ def test_decoding_with_a_cache_that_evicts_neither_grows_nor_drifts(steps, recor
     assert cache.get_seq_length() == steps + 1
     assert len(sizes) == 1
     footprints[-1].check_same_as(footprints[1])
-    record_property("decode steps", steps)
 
 
 def hooks(model: nn.Module) -> dict[str, int]:
@@ -136,7 +134,7 @@ def cycles(model, count: int, cycle) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1000])
-def test_adapters_that_come_and_go_leave_nothing_behind(count, record_property):
+def test_adapters_that_come_and_go_leave_nothing_behind(count):
     model = aligned(tiny_adapter(**PLANS[0]))
     before, expected = weights(model), logits(model)
 
@@ -154,12 +152,11 @@ def test_adapters_that_come_and_go_leave_nothing_behind(count, record_property):
     assert not changed({name.replace(".base_layer.", "."): tensor for name, tensor in before.items()}, found)
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(aligned(tiny_adapter(**PLANS[0]))), expected), "a model that never had another adapter"
-    record_property("adapters added and deleted", count)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1000])
-def test_a_base_that_is_wrapped_and_unwrapped_stays_what_it_was(count, record_property):
+def test_a_base_that_is_wrapped_and_unwrapped_stays_what_it_was(count):
     base = aligned(tiny_model())
     before, expected = weights(base), logits(base)
 
@@ -172,4 +169,3 @@ def test_a_base_that_is_wrapped_and_unwrapped_stays_what_it_was(count, record_pr
     assert not any(isinstance(module, UniAttnLayer) for module in base.modules())
     assert not changed(before, weights(base))
     assert torch.equal(logits(base), expected)
-    record_property("bases wrapped and unwrapped", count)
