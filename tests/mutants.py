@@ -28,12 +28,19 @@ import pytest
 
 TESTS = Path(__file__).parent
 # Module -> the tests that have to notice.
+HOOKS = ["test_hooks_on_a_follower_run_in_pairs", "test_what_a_hook_before_a_follower_changes_counts"]
 TARGETS = {
-    "peft_uniattn.plan": ["test_plan.py", "test_refusals.py"],
-    "peft_uniattn.layer": ["test_adapter.py", "test_saving.py", "test_attention.py"],
-    "peft_uniattn.tuner.layer": ["test_adapter.py", "test_saving.py", "test_attention.py"],
-    "peft_uniattn.cache": ["test_cache.py", "test_cache_kinds.py"],
-    "peft_uniattn.calibration.solve": ["test_calibration.py"],
+    "peft_uniattn.plan": ["test_plan.py", "test_rival_plans.py", "test_refusals.py"],
+    "peft_uniattn.layer": [
+        *("test_adapter.py", "test_saving.py", "test_artefacts.py", "test_attention.py"),
+        "test_compensation_designs.py",
+    ],
+    "peft_uniattn.tuner.layer": [
+        *("test_adapter.py", "test_saving.py", "test_attention.py"),
+        *(f"test_parallel.py::{name}" for name in HOOKS),
+    ],
+    "peft_uniattn.cache": ["test_cache.py", "test_rivals.py", "test_cache_kinds.py"],
+    "peft_uniattn.calibration.solve": ["test_calibration.py", "test_compensation_designs.py"],
 }
 # A mutant whose tests take longer than this many seconds is noticed as well.
 LIMIT = 300
@@ -172,34 +179,62 @@ def is_noticed(module, mutant: Mutant, files: list[str]) -> bool:
     return code != 0
 
 
+def sampled(targets: list[str], seed: int) -> Iterator[tuple[str, Mutant]]:
+    """Mutants of all modules in turn, in an order by seed."""
+    queues = {target: mutants(file_of(target)) for target in targets}
+    for queue in queues.values():
+        random.Random(seed).shuffle(queue)
+    while any(queues.values()):
+        for target, queue in queues.items():
+            if queue:
+                yield target, queue.pop()
+
+
+def file_of(target: str) -> Path:
+    return Path(importlib.import_module(target).__file__)
+
+
+def survivors(result: dict) -> Iterator[tuple[str, Mutant]]:
+    """The mutants that an earlier run's tests did not notice."""
+    for target, outcome in result["modules"].items():
+        places = [(known["function"], known["line"], known["change"]) for known in outcome["survivors"]]
+        for mutant in mutants(file_of(target)):
+            place = (mutant.function, mutant.line, mutant.change)
+            if place in places:
+                places.remove(place)
+                yield target, mutant
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0, help="how long to go on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--again", action="store_true", help="try the survivors in OUT again, after tests were added")
     arguments = parser.parse_args()
     sys.path.insert(0, str(TESTS))
-    files = sorted({file for target in arguments.targets for file in TARGETS[target]})
-    if run_tests(files):
+    result = json.loads(arguments.out.read_text()) if arguments.again else {"seed": arguments.seed}
+    targets = [name for name in TARGETS if not arguments.again or result["modules"][name]["survivors"]]
+    if run_tests(sorted({file for target in targets for file in TARGETS[target]})):
         sys.exit("the tests fail without any mutant")
     started = time.monotonic()
-    queues, outcomes = {}, {}
-    for target in arguments.targets:
-        found = mutants(Path(importlib.import_module(target).__file__))
-        random.Random(arguments.seed).shuffle(found)
-        queues[target], outcomes[target] = found, Outcome(len(found))
-    while any(queues.values()) and time.monotonic() - started < arguments.seconds:
-        for target in [target for target, queue in queues.items() if queue]:
-            mutant, outcome = queues[target].pop(), outcomes[target]
-            outcome.tried += 1
-            if is_noticed(importlib.import_module(target), mutant, TARGETS[target]):
-                outcome.killed += 1
-            else:
-                outcome.survivors.append({k: v for k, v in vars(mutant).items() if k != "code"})
-            result = {"seed": arguments.seed, "seconds": round(time.monotonic() - started)}
-            result["modules"] = {name: asdict(outcome) for name, outcome in outcomes.items()}
-            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.again:
+        trials = list(survivors(result))
+        modules = {name: Outcome(**{**known, "survivors": []}) for name, known in result["modules"].items()}
+    else:
+        trials = sampled(list(TARGETS), arguments.seed)
+        modules = {target: Outcome(len(mutants(file_of(target)))) for target in TARGETS}
+    for target, mutant in trials:
+        outcome = modules[target]
+        outcome.tried += not arguments.again
+        if is_noticed(importlib.import_module(target), mutant, TARGETS[target]):
+            outcome.killed += 1
+        else:
+            outcome.survivors.append({key: value for key, value in vars(mutant).items() if key != "code"})
+        result["modules"] = {name: asdict(found) for name, found in modules.items()}
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        if time.monotonic() - started > arguments.seconds and not arguments.again:
+            break
 
 
 if __name__ == "__main__":
