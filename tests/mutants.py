@@ -30,17 +30,17 @@ TESTS = Path(__file__).parent
 # Module -> the tests that have to notice.
 HOOKS = ["test_hooks_on_a_follower_run_in_pairs", "test_what_a_hook_before_a_follower_changes_counts"]
 TARGETS = {
-    "peft_uniattn.plan": ["test_plan.py", "test_rival_plans.py", "test_refusals.py"],
+    "peft_uniattn.plan": ["test_rival_plans.py", "test_plan.py", "test_refusals.py"],
     "peft_uniattn.layer": [
-        *("test_adapter.py", "test_saving.py", "test_artefacts.py", "test_attention.py"),
-        "test_compensation_designs.py",
+        *("test_artefacts.py", "test_compensation_designs.py"),
+        *("test_adapter.py", "test_saving.py", "test_attention.py"),
     ],
     "peft_uniattn.tuner.layer": [
-        *("test_adapter.py", "test_saving.py", "test_attention.py"),
         *(f"test_parallel.py::{name}" for name in HOOKS),
+        *("test_adapter.py", "test_saving.py", "test_attention.py"),
     ],
-    "peft_uniattn.cache": ["test_cache.py", "test_rivals.py", "test_cache_kinds.py"],
-    "peft_uniattn.calibration.solve": ["test_calibration.py", "test_compensation_designs.py"],
+    "peft_uniattn.cache": ["test_rivals.py", "test_cache.py", "test_cache_kinds.py"],
+    "peft_uniattn.calibration.solve": ["test_compensation_designs.py", "test_calibration.py"],
 }
 # A mutant whose tests take longer than this many seconds is noticed as well.
 LIMIT = 300
