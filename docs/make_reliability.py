@@ -75,7 +75,7 @@ def rows(results: dict) -> str:
     """The figures as a table for the page."""
     counts = results["counts"]
     modules = results["mutants"]["modules"].values()
-    tried, killed = (sum(module[key] for module in modules) for key in ("tried", "killed"))
+    killed, survived = sum(m["killed"] for m in modules), sum(len(m["survivors"]) for m in modules)
     figures = {
         "damaged files, adapters and standalone models": f"{counts['files fuzzed']:,} "
         f"({counts['refused']:,} refused in words, {counts['loaded']:,} loaded as what they held)",
@@ -84,8 +84,8 @@ def rows(results: dict) -> str:
         "runs killed and continued": f"{counts['kills survived']:,}",
         "tokens decoded with a bounded cache": f"{counts['decoded tokens']:,}",
         "adapters added and deleted": f"{counts['adapters added and deleted']:,}",
-        "mutants of the core files that tests noticed": f"{killed} of {tried}, a sample of "
-        f"{sum(module['mutants'] for module in modules)}",
+        "mutants of the core files that tests noticed": f"{killed} of {killed + survived}, a sample of "
+        f"{sum(m['mutants'] for m in modules)}",
     }
     lines = [
         "| tried without a failure | |",

@@ -66,10 +66,9 @@ class Mutant:
 
 @dataclass
 class Outcome:
-    """Of a module: mutants there are, tried, and noticed, and those that were not."""
+    """Of a module: mutants there are, those noticed, and those that were not."""
 
     mutants: int
-    tried: int = 0
     killed: int = 0
     survivors: list[dict] = field(default_factory=list)
 
@@ -226,7 +225,6 @@ def main() -> None:
         modules = {target: Outcome(len(mutants(file_of(target)))) for target in TARGETS}
     for target, mutant in trials:
         outcome = modules[target]
-        outcome.tried += not arguments.again
         if is_noticed(importlib.import_module(target), mutant, TARGETS[target]):
             outcome.killed += 1
         else:
