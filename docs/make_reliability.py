@@ -23,12 +23,12 @@ RESULTS, PAGE = DOCS / "results" / "reliability.json", DOCS / "promises.md"
 BEGIN, END = "<!-- figures: results/reliability.json -->\n", "<!-- end of figures -->\n"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "safetensors", "hypothesis")
 COMMANDS = (
-    'pytest -m "not gpu" tests/test_hostile_files.py --junitxml=REPORT.xml',
-    'pytest -m "not gpu" tests/test_properties.py --junitxml=REPORT.xml',
-    'pytest -m "not gpu" tests/test_killed.py --junitxml=REPORT.xml',
-    'pytest -m "not gpu" tests/test_faults.py --junitxml=REPORT.xml',
-    "pytest -m slow tests/test_long_runs.py --junitxml=REPORT.xml",
-    "python tests/mutants.py --out M.json",
+    'pytest -m "not gpu" tests/test_hostile_files.py -o junit_family=xunit1 --junitxml=REPORT.xml',
+    'pytest -m "not gpu" tests/test_properties.py -o junit_family=xunit1 --junitxml=REPORT.xml',
+    'pytest -m "not gpu" tests/test_killed.py -o junit_family=xunit1 --junitxml=REPORT.xml',
+    "pytest -m slow tests/test_long_runs.py -o junit_family=xunit1 --junitxml=REPORT.xml",
+    "python tests/mutants.py --seconds 840 --out M.json",
+    "python tests/mutants.py --again --out M.json",
 )
 # Tests whose names end with how often they did what.
 LONG = {
@@ -88,7 +88,7 @@ def rows(results: dict) -> str:
         f"{sum(m['mutants'] for m in modules)}",
     }
     lines = [
-        "| tried without a failure | |",
+        "| tried | |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in figures.items()),
     ]
