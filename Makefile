@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -11,10 +12,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/peft-uniattn quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TESTS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

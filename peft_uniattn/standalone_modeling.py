@@ -29,6 +29,7 @@ from .skipping import NoAttention
 
 try:  # by its full name: see attention.py
     from peft_uniattn.kernels import check_kernels
+    from peft_uniattn.version import __version__, check_release
 except ImportError:
     check_kernels = None
 
@@ -146,6 +147,8 @@ class UniAttnModelMixin:
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         plan = standalone_plan(config)
+        if check_kernels is not None:
+            config.uniattn_version = __version__  # what saves this model
         super().__init__(config, *args, **kwargs)
         check_back_end(self.config._attn_implementation)
         family = FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
@@ -211,11 +214,12 @@ def standalone_plan(config: PretrainedConfig) -> Plan:
     The plan that the configuration of a standalone model names.
 
     Raises:
-        ValueError: if it does not fit the model, or is none.
+        ValueError: if it does not fit the model, is none, or was written by a later release.
     """
-    check_design(config.compensation)
-    if check_kernels is not None:
+    if check_kernels is not None:  # else the code that was saved with the weights is what runs
+        check_release(config.uniattn_version)
         check_kernels(config.kernels, config.skip_mass)
+    check_design(config.compensation)
     rank = config.compensation_rank
     if rank is not None and not (type(rank) is int and 1 <= rank <= config.hidden_size):
         raise ValueError(
@@ -243,7 +247,7 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
     Adds the fields `superblocks` (lists of consecutive layer indices, the leader first), `follower_mask` (see
     [`make_plan`]), `compensation` (its design, a key of DESIGNS or "none"), `compensation_rank` (of W_c; None for the
     full matrix), `shared` ("softmax", or "keys_and_values" for CLA) and `dropped_layers` (those without attention;
-    there are no Superblocks then), `kernels` and `skip_mass` (see [`UniAttnConfig`]).
+    there are no Superblocks then), `kernels`, `skip_mass` and `uniattn_version` (see [`UniAttnConfig`]).
     """
     # Configurations are dataclasses, so new fields have to be annotated.
     fields = {
@@ -255,11 +259,13 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
         "dropped_layers": list[int] | None,
         "kernels": str,
         "skip_mass": float,
+        "uniattn_version": str | None,
     }
     members = {
         "__annotations__": fields,
         "kernels": "auto",
         "skip_mass": 0.0,
+        "uniattn_version": None,
         "superblocks": None,
         "follower_mask": "own",
         "compensation": "attention_output",

@@ -217,6 +217,11 @@ def test_the_adapted_model_keeps_its_configuration():
     assert model.config.model_type == "llama"
 
 
+def test_saving_writes_weights_as_safetensors_only(tmp_path):
+    standalone().save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json", ".py"}
+
+
 @both_ranks
 @every_family
 def test_configuration_is_the_base_s_with_plan_and_rank(family, r):
@@ -225,7 +230,7 @@ def test_configuration_is_the_base_s_with_plan_and_rank(family, r):
     assert type(config).__name__ == f"UniAttn{type(base).__name__}"
     assert isinstance(config, type(base))
     assert (config.superblocks, config.compensation_rank) == (SUPERBLOCKS, r)
-    own = {"model_type", "superblocks", "compensation_rank", "follower_mask"}
+    own = {"model_type", "superblocks", "compensation_rank", "follower_mask", "uniattn_version"}
     others = {"compensation": "attention_output", "shared": "softmax", "dropped_layers": None}
     others |= {"kernels": "auto", "skip_mass": 0.0}
     assert {key: getattr(config, key) for key in others} == others
