@@ -1,0 +1,56 @@
+"""What is refused before any weight is read, one sentence each: versions, engine settings, checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+from transformers import PretrainedConfig
+
+from ..compensation import NONE
+from ..plan import SOFTMAX
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+OLDEST, NEXT = "0.32", "0.33"
+
+
+def check_version(version: str) -> None:
+    """Raise ImportError unless `version` of vLLM is one whose internals this package was tested against."""
+    if not Version(OLDEST) <= Version(version) < Version(NEXT):
+        raise ImportError(
+            f"UniAttn checkpoints are served by vLLM from {OLDEST} up to, but without, {NEXT}, and this is vLLM "
+            f"{version}; install vllm=={OLDEST}.*"
+        )
+
+
+def check_checkpoint(config: PretrainedConfig) -> None:
+    """Raise ValueError for a standalone checkpoint that transformers runs, but the engine does not."""
+    if config.dropped_layers or config.shared != SOFTMAX:
+        raise ValueError("only checkpoints that share softmax are served, not those of CLA or LLMDrop; use transformers")
+    if config.compensation not in ("attention_output", NONE):
+        raise ValueError(
+            f"compensation={config.compensation!r} is not served, only 'attention_output' and 'none' are; use transformers"
+        )
+
+
+def check_engine(config: VllmConfig) -> None:
+    """Raise ValueError for engine settings under which followers would be wrong, or were never tried."""
+    tensor_parallel, kv_heads = (
+        config.parallel_config.tensor_parallel_size,
+        config.model_config.get_total_num_kv_heads(),
+    )
+    refused = {
+        "pipeline_parallel_size > 1": config.parallel_config.pipeline_parallel_size > 1,
+        "decode_context_parallel_size > 1": config.parallel_config.decode_context_parallel_size > 1,
+        "prefill_context_parallel_size > 1": config.parallel_config.prefill_context_parallel_size > 1,
+        "speculative decoding": config.speculative_config is not None,
+        "a quantized KV cache": config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
+        "a KV connector": config.kv_transfer_config is not None,
+        f"tensor_parallel_size={tensor_parallel} with {kv_heads} key-value heads": kv_heads % tensor_parallel != 0,
+    }
+    for setting, present in refused.items():
+        if present:
+            raise ValueError(f"UniAttn checkpoints are not served with {setting}; leave that setting out")
