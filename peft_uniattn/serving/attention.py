@@ -15,7 +15,7 @@ from .pages import ValuePage
 
 @dataclass
 class HandOver:
-    """What a leader hands to its followers within one forward: post-RoPE queries and keys, (tokens, heads * head_dim)."""
+    """What a leader hands over within one forward: post-RoPE queries and keys, (tokens, heads * head_dim)."""
 
     query: torch.Tensor | None = None
     key: torch.Tensor | None = None

@@ -28,10 +28,13 @@ def check_version(version: str) -> None:
 def check_checkpoint(config: PretrainedConfig) -> None:
     """Raise ValueError for a standalone checkpoint that transformers runs, but the engine does not."""
     if config.dropped_layers or config.shared != SOFTMAX:
-        raise ValueError("only checkpoints that share softmax are served, not those of CLA or LLMDrop; use transformers")
+        raise ValueError(
+            "only checkpoints that share softmax are served, not those of CLA or LLMDrop; run them with transformers"
+        )
     if config.compensation not in ("attention_output", NONE):
         raise ValueError(
-            f"compensation={config.compensation!r} is not served, only 'attention_output' and 'none' are; use transformers"
+            f"compensation={config.compensation!r} is not served, only 'attention_output' and 'none' are; run the "
+            "checkpoint with transformers"
         )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 import vllm
-from torch import nn
 
 from ..standalone_modeling import standalone_plan
 from .limits import check_checkpoint, check_engine, check_version
@@ -27,7 +26,7 @@ from .pages import value_pages  # noqa: E402
 
 
 class UniAttnServed:
-    """Builds the plan of a standalone checkpoint into a stock model, and loads what the stock model has no place for."""
+    """Builds the plan of a standalone checkpoint into a stock model, and loads what that has no place for."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config

@@ -49,7 +49,7 @@ def num_pages(num_layers: int, superblocks: Sequence[Sequence[int]]) -> int:
 
 
 def capacity_ratio(num_layers: int, superblocks: Sequence[Sequence[int]]) -> Fraction:
-    """How many times the tokens of the unshared model fit into the same memory, apart from rounding to whole blocks."""
+    """How many times the tokens of the unshared model fit into the same memory, before rounding to blocks."""
     return Fraction(num_layers, num_pages(num_layers, superblocks))
 
 
