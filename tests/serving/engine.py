@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # Before vLLM is imported: the engine runs where the test can see into it, and phones nobody.
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+)
 
 import torch
 from conftest import loud
@@ -20,6 +24,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from peft_uniattn import UniAttnConfig, to_standalone
 
 PAGE = 32  # tokens, the least that CPU_ATTN takes
+CACHE_BYTES = 2**27
 VOCABULARY = 128
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -74,6 +79,7 @@ def engine(folder: Path | str, **settings) -> Iterator[LLM]:
         "dtype": "float32",
         "enforce_eager": True,
         "block_size": PAGE,
+        "kv_cache_memory_bytes": CACHE_BYTES,
         "max_model_len": SIZES["max_position_embeddings"],
         "max_num_seqs": 16,
         "skip_tokenizer_init": True,

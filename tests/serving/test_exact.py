@@ -74,7 +74,7 @@ def test_prompts_longer_than_a_step_are_read_in_chunks(llama):
 
 def test_preempted_requests_are_recomputed_exactly(llama):
     model, folder = llama
-    with engine(folder, num_gpu_blocks_override=16, enable_prefix_caching=False) as llm:
+    with engine(folder, num_gpu_blocks_override=16, max_model_len=256, enable_prefix_caching=False) as llm:
         outputs = generate(llm, token_ids(*[30] * 6), sampling(120))
         preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     assert preemptions > 0

@@ -4,20 +4,22 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engine import SIZES, base_model, engine, generate, sampling, standalone_model, token_ids
+from engine import CACHE_BYTES, PAGE, SIZES, base_model, engine, generate, sampling, standalone_model, token_ids
 
 from peft_uniattn.serving.pages import num_pages, num_tokens
 
-MEMORY = 2**27  # bytes
-BLOCK = 128  # tokens, what vLLM takes on a CPU unless told otherwise
-PAGE_BYTES = 2 * SIZES["num_key_value_heads"] * SIZES["head_dim"] * BLOCK * 4
+TOKEN_BYTES = 2 * SIZES["num_key_value_heads"] * SIZES["head_dim"] * 4  # K and V of one layer
 TWELVE_OF_32 = [list(range(start, start + 4)) for start in (16, 20, 24, 28)]
 
 
 def reported_tokens(folder) -> int:
-    with engine(folder, kv_cache_memory_bytes=MEMORY, block_size=BLOCK) as llm:
+    with engine(folder) as llm:
         cache = llm.llm_engine.vllm_config.cache_config
         return cache.num_gpu_blocks * cache.block_size
+
+
+def counted_tokens(num_pages: int) -> int:
+    return num_tokens(CACHE_BYTES, TOKEN_BYTES * PAGE, PAGE, num_pages)
 
 
 def test_twelve_of_32_layers_hold_1_23_times_the_tokens(tmp_path):
@@ -25,20 +27,19 @@ def test_twelve_of_32_layers_hold_1_23_times_the_tokens(tmp_path):
     base_model(**layers).save_pretrained(tmp_path / "base")
     standalone_model(changes=layers, superblocks=TWELVE_OF_32).save_pretrained(tmp_path / "unified")
     base, unified = reported_tokens(tmp_path / "base"), reported_tokens(tmp_path / "unified")
-    assert base == num_tokens(MEMORY, PAGE_BYTES, BLOCK, 32)
-    assert unified == num_tokens(MEMORY, PAGE_BYTES, BLOCK, 26)
-    assert unified / base == pytest.approx(32 / 26, abs=0.01)
+    assert (base, unified) == (counted_tokens(32), counted_tokens(26))
+    assert unified / base == pytest.approx(1.23, abs=0.005)
 
 
 @pytest.mark.parametrize("superblocks", [[[0, 1]], [[0, 1, 2, 3]], [[0, 1], [2, 3, 4], [5, 6, 7]]], ids=str)
 def test_the_engine_counts_the_pages_that_we_count(superblocks, tmp_path):
     standalone_model(superblocks=superblocks).save_pretrained(tmp_path)
-    assert reported_tokens(tmp_path) == num_tokens(MEMORY, PAGE_BYTES, BLOCK, num_pages(8, superblocks))
+    assert reported_tokens(tmp_path) == counted_tokens(num_pages(8, superblocks))
 
 
 def test_two_followers_write_into_one_page(tmp_path):
     standalone_model(superblocks=[[0, 1, 2]]).save_pretrained(tmp_path)
-    with engine(tmp_path, num_gpu_blocks_override=8) as llm:
+    with engine(tmp_path, num_gpu_blocks_override=32) as llm:
         generate(llm, token_ids(20), sampling(4))
         layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
         pages = [layers[f"model.layers.{layer}.self_attn.attn"].kv_cache for layer in range(3)]
@@ -49,4 +50,4 @@ def test_two_followers_write_into_one_page(tmp_path):
 
 def test_layers_with_a_window_keep_the_whole_context(tmp_path):
     standalone_model("gemma2").save_pretrained(tmp_path)
-    assert reported_tokens(tmp_path) == num_tokens(MEMORY, PAGE_BYTES, BLOCK, num_pages(8, [[1, 2, 3], [5, 6]]))
+    assert reported_tokens(tmp_path) == counted_tokens(num_pages(8, [[1, 2, 3], [5, 6]]))
