@@ -20,12 +20,13 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from word_tokenizer import WORDS
 
 from peft_uniattn import UniAttnConfig, to_standalone
 
 PAGE = 32  # tokens, the least that CPU_ATTN takes
 CACHE_BYTES = 2**27
-VOCABULARY = 128
+VOCABULARY = len(WORDS)
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -59,7 +60,8 @@ FAMILIES = {
 def base_model(family: str = "llama", **changes) -> PreTrainedModel:
     """A random model of `FAMILIES` in float32, its weights large enough to matter."""
     sizes = SIZES | {key: value for key, value in FAMILIES[family].items() if key != "uniattn"} | changes
-    sizes = {key: value for key, value in sizes.items() if value is not None or key not in ("head_dim",)}
+    if sizes["head_dim"] is None:  # derived
+        del sizes["head_dim"]
     config = AutoConfig.for_model(family.partition(" ")[0], **sizes)
     return loud(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")).eval()
 
