@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
 import vllm
 
 from ..standalone_modeling import standalone_plan
@@ -13,7 +10,6 @@ from .limits import check_checkpoint, check_engine, check_version
 check_version(vllm.__version__)
 
 from vllm.config import VllmConfig  # noqa: E402
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # noqa: E402
 from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM  # noqa: E402
 from vllm.model_executor.models.llama import LlamaForCausalLM  # noqa: E402
 from vllm.model_executor.models.mistral import MistralForCausalLM  # noqa: E402
@@ -21,19 +17,20 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM  # noqa: E402
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM  # noqa: E402
 
 from .attention import become_follower, become_leader, share_one_block_table  # noqa: E402
-from .follower import FollowerSelfAttention  # noqa: E402
+from .follower import FollowerSelfAttention, projecting_values_only  # noqa: E402
 from .pages import value_pages  # noqa: E402
 
 
 class UniAttnServed:
-    """Builds the plan of a standalone checkpoint into a stock model, and loads what that has no place for."""
+    """Builds the plan of a standalone checkpoint into a stock model."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         plan = standalone_plan(config)
         check_checkpoint(config)
         check_engine(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with projecting_values_only(type(self), plan.followers):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
         layers = self.model.layers
         attentions = [layer.self_attn.attn for layer in layers]
         pages = value_pages(plan.superblocks)
@@ -52,25 +49,6 @@ class UniAttnServed:
                     layers[layer].self_attn, config, vllm_config.quant_config
                 )
         share_one_block_table(attentions)
-        self.follower_prefixes = tuple(f"model.layers.{layer}.self_attn.v_proj." for layer in pages)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        own: set[str] = set()
-        loaded = super().load_weights(self._load_values(weights, own))
-        return loaded | own
-
-    def _load_values(
-        self, weights: Iterable[tuple[str, torch.Tensor]], loaded: set[str]
-    ) -> Iterable[tuple[str, torch.Tensor]]:
-        """Load the followers' V projections, which stock models would fuse with Q and K, and yield all else."""
-        parameters = dict(self.named_parameters())
-        for name, tensor in weights:
-            if not name.startswith(self.follower_prefixes):
-                yield name, tensor
-                continue
-            parameter = parameters[name]
-            getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
-            loaded.add(name)
 
 
 class UniAttnLlamaForCausalLM(UniAttnServed, LlamaForCausalLM):
