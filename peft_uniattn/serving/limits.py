@@ -11,9 +11,10 @@ from ..compensation import NONE
 from ..plan import SOFTMAX
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 OLDEST, NEXT = "0.32", "0.33"
+PLAIN = ("auto", "float16", "bfloat16", "float32")  # data types of a cache that is not quantized
 
 
 def check_version(version: str) -> None:
@@ -40,20 +41,30 @@ def check_checkpoint(config: PretrainedConfig) -> None:
 
 def check_engine(config: VllmConfig) -> None:
     """Raise ValueError for engine settings under which followers would be wrong, or were never tried."""
-    tensor_parallel, kv_heads = (
-        config.parallel_config.tensor_parallel_size,
-        config.model_config.get_total_num_kv_heads(),
-    )
+    ranks, heads = config.parallel_config.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
     refused = {
         "pipeline_parallel_size > 1": config.parallel_config.pipeline_parallel_size > 1,
         "decode_context_parallel_size > 1": config.parallel_config.decode_context_parallel_size > 1,
         "prefill_context_parallel_size > 1": config.parallel_config.prefill_context_parallel_size > 1,
+        f"tensor_parallel_size={ranks} and {heads} key-value heads, which it does not divide": heads % ranks != 0,
         "speculative decoding": config.speculative_config is not None,
-        "a quantized KV cache": config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        f"kv_cache_dtype={config.cache_config.cache_dtype!r}": config.cache_config.cache_dtype not in PLAIN,
         "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
         "a KV connector": config.kv_transfer_config is not None,
-        f"tensor_parallel_size={tensor_parallel} with {kv_heads} key-value heads": kv_heads % tensor_parallel != 0,
     }
     for setting, present in refused.items():
         if present:
-            raise ValueError(f"UniAttn checkpoints are not served with {setting}; leave that setting out")
+            raise ValueError(f"UniAttn checkpoints are not served with {setting}; change that setting")
+
+
+class Limits:
+    """What vLLM asks about a model before it starts processes for it."""
+
+    @staticmethod
+    def verify_and_update_config(config: VllmConfig) -> None:
+        check_checkpoint(config.model_config.hf_config)
+        check_engine(config)
+
+    @staticmethod
+    def verify_and_update_model_config(config: ModelConfig) -> None:
+        """Nothing to add to the configuration of the model."""

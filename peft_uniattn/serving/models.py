@@ -5,7 +5,7 @@ from __future__ import annotations
 import vllm
 
 from ..standalone_modeling import standalone_plan
-from .limits import check_checkpoint, check_engine, check_version
+from .limits import check_version
 
 check_version(vllm.__version__)
 
@@ -27,8 +27,6 @@ class UniAttnServed:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         plan = standalone_plan(config)
-        check_checkpoint(config)
-        check_engine(vllm_config)
         with projecting_values_only(type(self), plan.followers):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         layers = self.model.layers

@@ -9,8 +9,11 @@ SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 def register() -> None:
     """Teach vLLM the architectures of standalone checkpoints. Their code is imported when one of them is loaded."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from ..standalone_modeling import PREFIX
+    from .limits import Limits
 
     for name in SERVED:
         ModelRegistry.register_model(PREFIX + name, f"peft_uniattn.serving.models:{PREFIX}{name}")
+        MODELS_CONFIG_MAP[PREFIX + name] = Limits

@@ -21,12 +21,3 @@ def test_two_workers_generate_what_transformers_generates(family, uniattn, tmp_p
     workers = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with engine(tmp_path, num_gpu_blocks_override=64, **workers) as llm:
         assert_equals(generate(llm, token_ids(3, 40, 110), sampling(40)), model)
-
-
-def test_more_workers_than_key_value_heads_are_refused(tmp_path):
-    standalone_model(changes={"num_key_value_heads": 1}).save_pretrained(tmp_path)
-    with (
-        pytest.raises(Exception, match=r"1 key-value heads|initialization failed"),
-        engine(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp"),
-    ):
-        pass
