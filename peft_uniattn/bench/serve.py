@@ -86,7 +86,7 @@ class ServeBenchmark:
             self._load(address, folder, scratch / "warm-up.json", rate=float("inf"), requests=2)
             runs = [self._run(address, folder, scratch, rate) for rate in self.request_rates]
             log = (scratch / "server.log").read_text()
-        return {"cache": _cache_report(log), "runs": runs}
+        return {"cache": cache_report(log), "runs": runs}
 
     def _run(self, address: str, folder: str, scratch: Path, rate: float) -> dict[str, Any]:
         before = metrics(address)["num_preemptions_total"]
@@ -127,7 +127,7 @@ class ServeBenchmark:
         return json.loads(saved.read_text()), highest
 
 
-def _cache_report(log: str) -> str:
+def cache_report(log: str) -> str:
     """The line in which the engine says how many tokens its cache holds."""
     lines = [line.partition("] ")[2] for line in log.splitlines() if "KV cache size" in line]
     return lines[-1] if lines else ""
