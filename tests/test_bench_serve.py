@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +11,7 @@ from peft_uniattn.bench.serve import cache_report, rows
 from peft_uniattn.cli import app
 from peft_uniattn.serving import server
 
+DOCS = Path(__file__).parent.parent / "docs"
 METRICS = """
 # HELP vllm:num_requests_running Number of requests
 vllm:num_requests_running{engine="0",model_name="model"} 3.0
@@ -56,3 +58,11 @@ def test_a_folder_without_a_checkpoint_is_refused(folder, tmp_path, monkeypatch)
     result = CliRunner().invoke(app, ["bench", "serve", folder, str(tmp_path / "nothing")])
     assert result.exit_code == 1
     assert "has no config.json" in result.output
+
+
+def test_the_page_s_figures_are_those_of_the_raw_result():
+    result = json.loads((DOCS / "results" / "bench_serve_smollm2_cpu.json").read_text())
+    page = (DOCS / "serving.md").read_text()
+    assert all(f"| {' | '.join(row)} |\n" in page for row in rows(result))
+    reports = [result["checkpoints"][name]["cache"] for name in ("base", "unified")]
+    assert ["8.00x" in reports[0], "10.00x" in reports[1]] == [True, True]

@@ -50,6 +50,12 @@ def test_other_places_of_compensation_are_refused(tmp_path):
         start(tmp_path)
 
 
+def test_the_engine_s_own_port_of_transformers_models_is_no_way_around(folder):
+    # It would run this package's model on attention that knows nothing of followers.
+    with pytest.raises(Exception, match="UniAttn"):
+        start(folder, model_impl="transformers", trust_remote_code=True)
+
+
 def test_other_versions_are_refused(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     with pytest.raises(ImportError, match=r"this is vLLM 0\.99\.0; install vllm==0\.32"):
