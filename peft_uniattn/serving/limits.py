@@ -42,11 +42,13 @@ def check_checkpoint(config: PretrainedConfig) -> None:
 def check_engine(config: VllmConfig) -> None:
     """Raise ValueError for engine settings under which followers would be wrong, or were never tried."""
     ranks, heads = config.parallel_config.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
+    rank = config.model_config.hf_config.compensation_rank or 0  # of W_c, unlike ranks
     refused = {
         "pipeline_parallel_size > 1": config.parallel_config.pipeline_parallel_size > 1,
         "decode_context_parallel_size > 1": config.parallel_config.decode_context_parallel_size > 1,
         "prefill_context_parallel_size > 1": config.parallel_config.prefill_context_parallel_size > 1,
         f"tensor_parallel_size={ranks} and {heads} key-value heads, which it does not divide": heads % ranks != 0,
+        f"tensor_parallel_size={ranks} and compensation_rank={rank}, which it does not divide": rank % ranks != 0,
         "speculative decoding": config.speculative_config is not None,
         f"kv_cache_dtype={config.cache_config.cache_dtype!r}": config.cache_config.cache_dtype not in PLAIN,
         "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,

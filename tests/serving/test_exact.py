@@ -81,6 +81,18 @@ def test_preempted_requests_are_recomputed_exactly(llama):
     assert_equals(outputs, model)
 
 
+@pytest.mark.parametrize("family", ["mistral with a window", "gemma2"])
+def test_windows_bear_chunks_caching_and_preemption_at_once(family, tmp_path):
+    model = standalone_model(family)
+    model.save_pretrained(tmp_path)
+    (prefix,) = token_ids(2 * PAGE + 5, seed=11)
+    prompts = [prefix + rest for rest in token_ids(1, 20, 40, 60, 30, 90, seed=12)]
+    few = {"num_gpu_blocks_override": 18, "max_model_len": 256, "max_num_batched_tokens": 48}
+    with engine(tmp_path, enable_prefix_caching=True, **few) as llm:
+        for _ in range(2):
+            assert_equals(generate(llm, prompts, sampling(90, temperature=1.0)), model, greedy=False)
+
+
 def test_several_samples_of_one_prompt_share_its_pages_and_stay_apart(llama):
     model, folder = llama
     with engine(folder, num_gpu_blocks_override=64) as llm:

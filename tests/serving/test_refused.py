@@ -44,6 +44,12 @@ def test_untested_engine_settings_are_refused(settings, sentence, folder):
         start(folder, **settings)
 
 
+def test_more_workers_than_divide_a_low_rank_are_refused(tmp_path):
+    standalone_model(r=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 and compensation_rank=3"):
+        start(tmp_path, tensor_parallel_size=2, distributed_executor_backend="mp")
+
+
 def test_other_places_of_compensation_are_refused(tmp_path):
     standalone_model(compensation="heads").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="compensation='heads' is not served"):
