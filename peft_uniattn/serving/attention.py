@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from vllm.config import VllmConfig
@@ -100,5 +101,9 @@ def share_one_block_table(attentions: list[Attention]) -> None:
     if len({attention.sliding_window for attention in attentions}) == 1:
         return
     for attention in attentions:
-        plain = type(attention)
-        attention.__class__ = type(plain.__name__, (WholeContext, plain), {})
+        attention.__class__ = _with_whole_context(type(attention))
+
+
+@cache
+def _with_whole_context(plain: type[Attention]) -> type[Attention]:
+    return type(plain.__name__, (WholeContext, plain), {})

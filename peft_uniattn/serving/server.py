@@ -19,7 +19,12 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def serve(
-    folder: str | Path, arguments: Sequence[str], *, log: Path, environment: dict[str, str] | None = None, patience=600
+    folder: str | Path,
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    patience: float = 600,
 ) -> Iterator[str]:
     """
     Run a server of the checkpoint in `folder` while the context lasts, and give its address.
