@@ -2,17 +2,29 @@
 
 import sys
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_adapter
 
 from peft_uniattn import to_standalone
+from peft_uniattn.serving import register
 from peft_uniattn.serving.limits import check_checkpoint, check_version
 
 
 def test_vllm_finds_the_models_through_an_entry_point():
     (found,) = entry_points(group="vllm.general_plugins", name="uniattn")
     assert found.value == "peft_uniattn.serving:register"
+
+
+def test_under_another_vllm_registering_touches_no_internals(monkeypatch):
+    registered = {}
+    stand_in = SimpleNamespace(
+        __version__="0.99.0", ModelRegistry=SimpleNamespace(register_model=registered.__setitem__)
+    )
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)  # no package: importing anything below it fails
+    register()
+    assert registered["UniAttnLlamaForCausalLM"] == "peft_uniattn.serving.models:UniAttnLlamaForCausalLM"
 
 
 def test_nothing_of_vllm_is_imported_before_vllm_asks():
@@ -24,7 +36,7 @@ def test_tested_versions_are_taken(version):
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.0", "dev"])
 def test_other_versions_are_refused_with_the_way_out(version):
     with pytest.raises(ImportError, match=rf"this is vLLM {version}; install vllm==0\.32\.\*$"):
         check_version(version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from transformers import PretrainedConfig
 
 from ..compensation import NONE
@@ -17,9 +17,17 @@ OLDEST, NEXT = "0.32", "0.33"
 PLAIN = ("auto", "float16", "bfloat16", "float32")  # data types of a cache that is not quantized
 
 
+def is_supported(version: str) -> bool:
+    """Whether `version` of vLLM is one whose internals this package was tested against."""
+    try:
+        return Version(OLDEST) <= Version(version) < Version(NEXT)
+    except InvalidVersion:  # "dev", of a build that does not know
+        return False
+
+
 def check_version(version: str) -> None:
-    """Raise ImportError unless `version` of vLLM is one whose internals this package was tested against."""
-    if not Version(OLDEST) <= Version(version) < Version(NEXT):
+    """Raise ImportError unless `version` of vLLM is supported."""
+    if not is_supported(version):
         raise ImportError(
             f"UniAttn checkpoints are served by vLLM from {OLDEST} up to, but without, {NEXT}, and this is vLLM "
             f"{version}; install vllm=={OLDEST}.*"
