@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -82,7 +83,8 @@ class ServeBenchmark:
         arguments += ["--max-num-seqs", str(self.max_running), "--no-enable-prefix-caching"]
         arguments += ["--max-model-len", str(self.input_length + self.output_length)]
         arguments += [] if self.compiled else ["--enforce-eager"]
-        with serve(folder, arguments, log=scratch / "server.log") as address:
+        environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}  # at which the engine reports its cache
+        with serve(folder, arguments, log=scratch / "server.log", environment=environment) as address:
             self._load(address, folder, scratch / "warm-up.json", rate=float("inf"), requests=2)
             runs = [self._run(address, folder, scratch, rate) for rate in self.request_rates]
             log = (scratch / "server.log").read_text()
