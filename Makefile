@@ -6,7 +6,7 @@ TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow serving lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/peft-uniattn quickstart
@@ -16,6 +16,17 @@ test: $(VENV)/installed
 
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow $(TESTS)
+
+# vLLM holds on to versions of its own, so it has an environment of its own.
+serving: .venv-serving/installed
+	.venv-serving/bin/python -m pytest -m "" tests/serving
+
+.venv-serving/installed: pyproject.toml tests/serving/install_vllm.py
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/pip install --quiet --upgrade pip packaging
+	.venv-serving/bin/python tests/serving/install_vllm.py
+	.venv-serving/bin/pip install --quiet --editable . gguf platformdirs pytest
+	touch $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -30,4 +41,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) quickstart-output
+	rm -rf $(VENV) .venv-serving quickstart-output
