@@ -7,6 +7,7 @@ import typer
 from .analyze import app as analyze
 from .bench import app as bench
 from .evaluate import evaluate
+from .plan import plan
 from .quickstart import quickstart
 from .reproduce import CONTEXT as REPRODUCE_CONTEXT
 from .reproduce import reproduce
@@ -14,6 +15,7 @@ from .train import CONTEXT, train
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 app.command()(quickstart)
+app.command()(plan)
 app.command(context_settings=CONTEXT, add_help_option=False)(train)
 app.command("eval")(evaluate)
 app.command(context_settings=REPRODUCE_CONTEXT)(reproduce)
