@@ -1,6 +1,7 @@
 """`peft-uniattn plan`: its figures are those of `bench` and of hand-written sums, and nothing is loaded for them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from peft_uniattn.cli import app
 from peft_uniattn.forecast import Serving, forecast
 from peft_uniattn.forecast.verdict import judge, tokens_needed
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 LLAMA, SMOLLM2, TINY = "llama-3.1-8b", "smollm2-135m", "tiny"
 
 
@@ -75,6 +77,17 @@ def test_figures_agree_with_those_of_bench():
         for name, step in (("base", found.base), ("unified", one)):
             assert row["work"][name]["bytes"] == step.bytes
             assert row["work"][name]["flops"] == step.flops
+
+
+def test_bounds_are_those_of_the_measured_run():
+    recorded = json.loads((RESULTS / "decode_h100.json").read_text())
+    rate = recorded["conditions"]["measured_rates"]["bytes_per_s"]
+    for row in recorded["shapes"]:
+        load = Serving(row["batch_size"], row["length"], gb_per_s=rate / 1e9)
+        found = forecast(LLAMA, UniAttnConfig(), load, rank=recorded["settings"]["models"]["rank"])
+        for name, step in (("base", found.base), ("unified", found.unified[1])):
+            assert row["work"][name] == {"flops": step.flops, "bytes": step.bytes}
+            assert row["bound_ms"][name] == pytest.approx(step.bound_ms)
 
 
 def test_windows_bound_what_is_seen_and_kept():
