@@ -5,7 +5,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow lint docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/peft-uniattn quickstart
@@ -20,6 +20,15 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Warnings are errors, and so are broken links; nothing is fetched.
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "built: build/site/index.html"
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 # torch first and by itself, so that the other packages take the build that is there.
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +38,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) quickstart-output
+	rm -rf $(VENV) build quickstart-output
