@@ -20,8 +20,12 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
 }
 _LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+# Superblocks side by side, [15-18] [19-22], which Markdown would take for a link.
+_SUPERBLOCKS = re.compile(r"(?<=\d\]) (?=\[\d)")
 # References to code inside docstrings, which are no links.
 _REFERENCE = re.compile(r"\[(<code[^>]*>[\w.]+</code>)\]")
+# Types as PEFT's docstrings write them, `int`, *optional*, where they are shown as code already.
+_TYPE = re.compile(r"<code>\[?`[^<]*</code>")
 
 
 def on_files(files, config):
@@ -38,7 +42,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Let links to files of the repository point to their places in the site."""
+    """Let links to files of the repository point to their places in the site, and leave Superblocks alone."""
 
     def replaced(match):
         target = _target(page.file.src_uri, match[1])
@@ -47,11 +51,12 @@ def on_page_markdown(markdown, page, config, files):
         relative = os.path.relpath(target, PurePosixPath(page.file.src_uri).parent)
         return f"]({relative}{match[2] or ''})"
 
-    return _LINK.sub(replaced, markdown)
+    return _SUPERBLOCKS.sub("  ", _LINK.sub(replaced, markdown))
 
 
 def on_page_content(html, page, config, files):
-    """Take the brackets off references in docstrings."""
+    """Take off what docstrings say in Markdown where the site shows code."""
+    html = _TYPE.sub(lambda match: re.sub(r"[`*~]|\[(?=`)|(?<=`)\]", "", match[0]), html)
     return _REFERENCE.sub(r"\1", html)
 
 
