@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from .analyze import app as analyze
@@ -23,6 +27,22 @@ app.add_typer(bench, name="bench")
 app.add_typer(analyze, name="analyze")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("peft-uniattn"))
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
-    """UniAttn: post-train an open LLM with unified softmax, and serve it with a smaller KV cache."""
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """
+    UniAttn: post-train an open LLM with unified softmax, and serve it with a smaller KV cache.
+
+    Is it worth it for a model? `peft-uniattn plan MODEL`. What is it like? `peft-uniattn quickstart`.
+    """
+    # Where it is installed, it complains of optional kernels in every command, whether weights are quantized or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
