@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib.metadata import version
 from typing import Annotated
 
@@ -44,5 +43,3 @@ def main(
 
     Is it worth it for a model? `peft-uniattn plan MODEL`. What is it like? `peft-uniattn quickstart`.
     """
-    # Where it is installed, it complains of optional kernels in every command, whether weights are quantized or not.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
