@@ -21,8 +21,10 @@ _CITATION = """@misc{xiong2025uniattn,
   year={2025}, eprint={2502.00439}, archivePrefix={arXiv}, primaryClass={cs.CL}
 }"""  # noqa: E501
 
-_UNIATTN = """The lowest layer of a Superblock computes softmax(QKᵀ); the layers above it reuse that softmax with their own
-values, store no keys, and add a linear compensation ([UniAttn](https://arxiv.org/abs/2502.00439))."""
+_UNIATTN = (
+    "The lowest layer of a Superblock computes softmax(QKᵀ); the layers above it reuse that softmax with their own "
+    "values, store no keys, and add a linear compensation ([UniAttn](https://arxiv.org/abs/2502.00439))."
+)
 _STANDALONE = {
     "uniattn": ("UniAttn", f"A language model whose layers share softmax. {_UNIATTN}"),
     "cla": ("CLA", "A language model whose followers attend over their leader's keys and values, and cache nothing."),
