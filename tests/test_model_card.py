@@ -81,3 +81,10 @@ def test_it_loads_in_three_lines_and_says_what_was_measured(card):
         "@misc{xiong",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(("method", "claim"), [("cla", "keys and values"), ("llmdrop", "without attention")])
+def test_a_rival_is_not_called_uniattn(method, claim):
+    text = standalone_card(receipt(adapter_parameters=0), {"plan": {"method": method, "rank": None}}).text
+    assert claim in text
+    assert "W_c" not in text
