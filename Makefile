@@ -5,7 +5,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow lint docs clean
+.PHONY: quickstart test slow lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/peft-uniattn quickstart
@@ -21,6 +21,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 # Warnings are errors, and so are broken links; nothing is fetched.
+.PHONY: docs
 docs: $(VENV)/docs
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "built: build/site/index.html"
@@ -38,4 +39,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build quickstart-output
+	rm -rf $(VENV) quickstart-output

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..tuner.card import loading_code
+from ..cards import loading_code
 from .receipt import Receipt
 
 _HUB_TIMEOUT = 3.0  # seconds

@@ -10,8 +10,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from ..cards import tell_how_to_load
 from ..plan import Plan, check_superblock_size, check_superblocks, make_plan, shortened
-from .card import tell_how_to_load
 
 
 @dataclass
