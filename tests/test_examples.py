@@ -9,11 +9,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import recipe_runs
 import torch
 from conftest import prompt, tiny_adapter, tiny_model
 from hub_stand_in import running_hub
 from peft import AutoPeftModelForCausalLM
-from recipe_runs import example
 from transformers import AutoModelForCausalLM
 from word_tokenizer import WORDS, word_tokenizer
 
@@ -85,7 +85,7 @@ def test_evaluate_prints_a_line_for_each_model(checkpoint, adapter, tmp_path, ca
 
 
 def test_continuing_moves_the_adapter_and_nothing_else(checkpoint, adapter, tmp_path):
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(example(index)) + "\n" for index in range(16)))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(recipe_runs.example(index)) + "\n" for index in range(16)))
     settings = {"max_steps": 2, "learning_rate": 1e-2, "max_length": 16}
     template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
     tokenizer = word_tokenizer()
@@ -96,6 +96,31 @@ def test_continuing_moves_the_adapter_and_nothing_else(checkpoint, adapter, tmp_
     assert not torch.equal(logits(first), logits(second))
     with first.disable_adapter(), second.disable_adapter():
         assert torch.equal(logits(first), logits(second))
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens are few", "ignore:.*chat template")
+def test_rivals_compares_every_method(text, tmp_path):
+    model = tiny_model(num_hidden_layers=16, vocab_size=len(WORDS), dtype=torch.float32, eos_token_id=2)
+    model.save_pretrained(tmp_path / "deep")
+    word_tokenizer().save_pretrained(tmp_path / "deep")
+    settings = {"calibration_sequences": 4, "held_out_sequences": 2, "length": 32, "designs": False}
+    main("rivals")(str(tmp_path / "deep"), text, text, tmp_path / "result.json", **settings)
+    methods = json.loads((tmp_path / "result.json").read_text())["methods"]
+    assert set(methods) == {"base", "UniAttn, none", "CLA-Full", "CLA-Half", "LLMDrop-Full", "LLMDrop-Half"}
+    assert all(row["cached_generation_equals_uncached"] for row in methods.values())
+    # 6 followers of 16 layers store values only, or nothing
+    assert methods["UniAttn, none"]["kv_bytes_per_token"] * 32 == methods["base"]["kv_bytes_per_token"] * 26
+    assert methods["CLA-Full"]["kv_bytes_per_token"] * 32 == methods["base"]["kv_bytes_per_token"] * 20
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens are few")
+def test_sft_two_stage_ends_in_a_receipt(tmp_path, monkeypatch, capsys):
+    inputs = recipe_runs.write_inputs(tmp_path)
+    argv = recipe_runs.flags(inputs, tmp_path / "out", stage1_max_steps=1, max_steps=1)
+    monkeypatch.setattr(sys, "argv", ["sft_two_stage.py", *argv])
+    runpy.run_path(str(EXAMPLES / "sft_two_stage.py"), run_name="__main__")
+    assert "held-out loss, after stage 2: " in capsys.readouterr().out
+    assert (tmp_path / "out" / "receipt.json").is_file()
 
 
 def test_long_context_shows_what_the_cache_takes(adapter, text, capsys):

@@ -99,7 +99,7 @@ def _active_experts(config: PretrainedConfig, parameters: list[torch.Tensor]) ->
     if stacked is None:
         return 0.0
     chosen = getattr(config, "num_experts_per_tok", None) or config.moe_topk
-    return chosen / stacked.shape[0]
+    return (max(chosen) if isinstance(chosen, list) else chosen) / stacked.shape[0]
 
 
 @torch.no_grad()
