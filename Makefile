@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test slow lint clean
 
-quickstart: $(VENV)/installed
+quickstart: $(VENV)/cli
 	$(BIN)/peft-uniattn quickstart
 
 test: $(VENV)/installed
@@ -31,10 +31,14 @@ $(VENV)/docs: $(VENV)/installed
 	touch $@
 
 # torch first and by itself, so that the other packages take the build that is there.
-$(VENV)/installed: pyproject.toml
+$(VENV)/cli: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[cli]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/cli
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, errors without tracebacks, exit codes."""
 
 import shlex
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -112,6 +113,15 @@ def test_train_post_trains_a_model_and_shows_the_receipt(tmp_path):
     assert result.exit_code == 0, result.output
     assert "held-out loss, calibrated" in result.output
     assert (tmp_path / "out" / "calibrated" / "adapter_model.safetensors").exists()
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "peft_uniattn.forecast.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "peft_uniattn.analysis.plots", raising=False)
+    result = runner.invoke(app, ["plan", "tiny", "--plot", str(tmp_path / "plan.svg")])
+    assert result.exit_code == 1
+    assert "this needs matplotlib, which is not installed; pip install 'peft-uniattn[analysis]'" in result.stderr
 
 
 def test_bad_input_leaves_no_output_directory(tmp_path):
