@@ -15,7 +15,8 @@ _EXTRAS = {"matplotlib": "analysis", "lm_eval": "eval", "bitsandbytes": "quantiz
 @contextmanager
 def reported(continue_with: str | None = None) -> Iterator[None]:
     """
-    Print what the user can mend (a missing package, too) in one sentence and exit with 1; say how to go on after Ctrl-C and exit with 130.
+    Print what the user can mend in one sentence, a missing package too, and exit with 1; say how to go on after Ctrl-C
+    and exit with 130.
 
     Args:
         continue_with: the command that continues an interrupted run; None if it cannot be continued.
