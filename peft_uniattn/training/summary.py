@@ -103,7 +103,7 @@ def write_summary(output_dir: Path, receipt: Receipt, arguments: Arguments, resu
             step: _thinned(results[step]["log"]) for step in ("stage 1", "stage 2") if step in results
         },
     }
-    base = find_base(arguments.model.model_name_or_path)
+    base = find_base(arguments.model.model_name_or_path or receipt.base_model)
     for folder, card in (("calibrated", adapter_card), ("adapter", adapter_card), ("model", standalone_card)):
         if (output_dir / folder).is_dir():
             write_atomically(output_dir / folder / "README.md", str(card(receipt, details, base)))
