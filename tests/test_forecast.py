@@ -63,6 +63,20 @@ def test_a_decoded_token_of_llama_reads_what_a_sum_by_hand_gives():
         assert one.compensation_flops_share == 2 * 16 * added / one.flops
 
 
+def test_quantized_weights_and_caches_take_their_bits():
+    plain = forecast(LLAMA, UniAttnConfig(), Serving())
+    found = forecast(LLAMA, UniAttnConfig(), Serving(weight_bits=4, cache_bits=8))
+    assert (found.kv_bytes_per_token, found.kv_bytes_per_token_unified) == (65_536, 53_248)
+    for one, other in zip((found.base, *found.unified), (plain.base, *plain.unified), strict=True):
+        assert (one.weight_bytes, one.kv_bytes) == (other.weight_bytes / 4, other.kv_bytes / 2)
+        assert one.flops == other.flops
+    low = found.unified[1]
+    assert low.time_ratio == (low.weight_bytes + low.kv_bytes) / found.base.bytes
+    advice = " ".join(judge(found).reasons)
+    assert "FP8" not in advice
+    assert "FP8" in " ".join(judge(plain).reasons)
+
+
 def test_figures_agree_with_those_of_bench():
     load = {"batch_size": 2, "context": 64}
     found = forecast(TINY, UniAttnConfig(), Serving(**load, dtype="float32"), rank=4)
@@ -185,6 +199,7 @@ def test_a_plot_is_drawn(tmp_path):
         ([TINY, "--superblock-size", "5"], "superblock_size=5 does not fit"),
         ([TINY, "--dtype", "int4"], "dtype='int4' is not counted; use one of"),
         ([TINY, "--gb-per-s", "0"], "gb_per_s=0.0 must be above 0"),
+        ([TINY, "--weight-bits", "-4"], "weight_bits=-4.0 must be above 0"),
         ([TINY, "--plot", "plan.doc"], "ends in no known format"),
     ],
 )

@@ -13,7 +13,7 @@ from .bench.options import Dtype, StartLayer, SuperblockSize
 from .errors import reported
 
 if TYPE_CHECKING:
-    from ..forecast import Forecast
+    from ..forecast import Forecast, Serving
     from ..forecast.forecast import Step
     from ..forecast.verdict import Verdict
 
@@ -34,6 +34,10 @@ def plan(
     gb_per_s: Annotated[
         float, typer.Option(help="Memory bandwidth in GB/s. Default: what a large copy reaches on an H100.")
     ] = 3000.0,
+    weight_bits: Annotated[
+        float | None, typer.Option(help="Bits of a quantized weight, scales included, such as 4.5.")
+    ] = None,
+    cache_bits: Annotated[float | None, typer.Option(help="Bits of a quantized cache's numbers, such as 8.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw it: .svg, .png or .pdf.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
@@ -44,7 +48,7 @@ def plan(
 
         peft-uniattn plan Qwen/Qwen2.5-7B --batch-size 32 --context 16384
 
-        peft-uniattn plan llama-3.1-8b --plot plan.svg
+        peft-uniattn plan llama-3.1-8b --weight-bits 4.5 --cache-bits 8 --plot plan.svg
     """
     with reported():
         from ..forecast import Serving, forecast
@@ -56,7 +60,7 @@ def plan(
             from ..forecast.plot import plot as draw
 
             check_format(plot)
-        serving = Serving(batch_size, context, dtype, gb_per_s)
+        serving = Serving(batch_size, context, dtype, gb_per_s, weight_bits, cache_bits)
         config = plan_config(superblock_size, start_layer, superblocks, follower_mask, None)
         found = forecast(model, config, serving, rank=rank)
         verdict = judge(found)
@@ -74,14 +78,12 @@ def _print(found: Forecast, verdict: Verdict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..bench.contenders import DTYPES
-
     serving = found.serving
     card = Table(show_header=False, title=f"Plan for {found.model}")
     card.add_row("Superblocks", str(found.plan))
     card.add_row("followers", f"{len(found.plan.followers)} of {found.plan.num_layers} layers")
     before, after = found.kv_bytes_per_token, found.kv_bytes_per_token_unified
-    card.add_row("KV cache per token", f"{before:,} → {after:,} bytes ({after / before:.2%}), {serving.dtype}")
+    card.add_row("KV cache per token", f"{before:,} → {after:,} bytes ({after / before:.2%}), {_stored_as(serving)}")
     load = f"{serving.batch_size} × {serving.context:,} tokens, {serving.gb_per_s:,.0f} GB/s"
     card.add_row("removed", f"{found.removed_parameters:,} parameters of query and key projections")
     table = Table("", "W_c", "its FLOPs", "weights GB", "KV GB", "ms", "of base")
@@ -89,7 +91,7 @@ def _print(found: Forecast, verdict: Verdict) -> None:
     table.add_row("base", "–", "–", *_read(found.base), "1.000")
     for one in found.unified:
         name = "full W_c" if one.rank is None else f"rank {one.rank}"
-        mib = one.compensation_parameters * DTYPES[serving.dtype].itemsize / 2**20
+        mib = serving.stored_weights(one.compensation_parameters * serving.bits // 8) / 2**20
         cost = f"{one.compensation_parameters / 1e6:,.1f} M, {mib:,.1f} MiB"
         share = f"{one.compensation_flops_share:.2%}"
         table.add_row(name, cost, share, *_read(one), f"{one.time_ratio:.3f}")
@@ -98,6 +100,10 @@ def _print(found: Forecast, verdict: Verdict) -> None:
     console.print(verdict.headline, style="bold")
     for reason in verdict.reasons:
         console.print(f"- {reason}", highlight=False)
+
+
+def _stored_as(serving: Serving) -> str:
+    return serving.dtype if serving.cache_bits is None else f"{serving.cache_bits:g} bits"
 
 
 def _read(step: Step) -> list[str]:

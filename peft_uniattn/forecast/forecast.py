@@ -26,19 +26,37 @@ class Serving:
         context: cached tokens of each.
         dtype: of weights and cache, "bfloat16", "float16" or "float32".
         gb_per_s: memory bandwidth, in 10⁹ bytes a second; 3,000 is what a large copy reaches on an H100.
+        weight_bits: of quantized weights, scales included; None if they are of `dtype`.
+        cache_bits: likewise of a quantized cache.
     """
 
     batch_size: int = 16
     context: int = 8192
     dtype: str = "bfloat16"
     gb_per_s: float = 3000.0
+    weight_bits: float | None = None
+    cache_bits: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "context", "gb_per_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("batch_size", "context", "gb_per_s", "weight_bits", "cache_bits"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not counted; use one of {', '.join(DTYPES)}")
+
+    @property
+    def bits(self) -> int:
+        """Of a number of `dtype`."""
+        return 8 * DTYPES[self.dtype].itemsize
+
+    def stored_weights(self, size: int) -> int:
+        """Bytes of weights that take `size` in `dtype`."""
+        return round(size * (self.weight_bits or self.bits) / self.bits)
+
+    def stored_states(self, size: int) -> int:
+        """Bytes of cached states that take `size` in `dtype`."""
+        return round(size * (self.cache_bits or self.bits) / self.bits)
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ def forecast(model: str, config: UniAttnConfig, serving: Serving, *, rank: int =
         raise ValueError(f"rank={rank} must be from 1 to the model's hidden size of {text_config.hidden_size}")
     dtype = DTYPES[serving.dtype]
     base = base_on_meta(text_config, dtype)
-    bound = _work(base, serving)
+    step = Step(**_step(base, _work(base, serving), serving))
     bare = _unified(text_config, plan, config, None, dtype)
     removed = _parameters(base) - (_parameters(bare) - _compensation(bare))
     low = _unified(text_config, plan, config, rank, dtype)
@@ -143,11 +161,11 @@ def forecast(model: str, config: UniAttnConfig, serving: Serving, *, rank: int =
         model=model,
         plan=plan,
         serving=serving,
-        kv_bytes_per_token=kv_bytes_per_token(text_config, 0, dtype),
-        kv_bytes_per_token_unified=kv_bytes_per_token(text_config, len(plan.followers), dtype),
+        kv_bytes_per_token=serving.stored_states(kv_bytes_per_token(text_config, 0, dtype)),
+        kv_bytes_per_token_unified=serving.stored_states(kv_bytes_per_token(text_config, len(plan.followers), dtype)),
         removed_parameters=removed,
-        base=Step(**_step(base, bound, serving)),
-        unified=tuple(_unified_step(one, one_rank, bound, serving) for one, one_rank in ((bare, None), (low, rank))),
+        base=step,
+        unified=tuple(_unified_step(one, one_rank, step, serving) for one, one_rank in ((bare, None), (low, rank))),
     )
 
 
@@ -162,23 +180,26 @@ def _work(model: PreTrainedModel, serving: Serving) -> Work:
 
 
 def _step(model: PreTrainedModel, one: Work, serving: Serving) -> dict[str, Any]:
+    weights = serving.stored_weights(one.bytes - one.state_bytes)
+    states = serving.stored_states(one.state_bytes)
     return {
         "parameters": _parameters(model),
-        "weight_bytes": one.bytes - one.state_bytes,
-        "kv_bytes": one.state_bytes,
+        "weight_bytes": weights,
+        "kv_bytes": states,
         "flops": one.flops,
-        "bound_ms": one.bytes / serving.gb_per_s / 1e6,
+        "bound_ms": (weights + states) / serving.gb_per_s / 1e6,
     }
 
 
-def _unified_step(model: PreTrainedModel, rank: int | None, base: Work, serving: Serving) -> Unified:
+def _unified_step(model: PreTrainedModel, rank: int | None, base: Step, serving: Serving) -> Unified:
     one, compensation = _work(model, serving), _compensation(model)
+    step = _step(model, one, serving)
     return Unified(
-        **_step(model, one, serving),
+        **step,
         rank=rank,
         compensation_parameters=compensation,
         compensation_flops_share=2 * compensation * serving.batch_size / one.flops,
-        time_ratio=one.bytes / base.bytes,
+        time_ratio=(step["weight_bytes"] + step["kv_bytes"]) / base.bytes,
     )
 
 

@@ -34,12 +34,18 @@ def plot(forecast: Forecast, path: Path) -> None:
         _draw_step(step, forecast)
         serving = forecast.serving
         caption = (
-            f"{forecast.model}, {serving.dtype}, {serving.batch_size} sequences of {serving.context:,} cached tokens; "
-            "counted from the configuration, nothing measured"
+            f"{forecast.model}, {_stored_as(forecast)}, {serving.batch_size} sequences of {serving.context:,} cached "
+            "tokens; counted from the configuration, nothing measured"
         )
         figure.supxlabel("\n".join(textwrap.wrap(caption, 110)), fontsize=7, color="0.3")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _stored_as(forecast: Forecast) -> str:
+    serving = forecast.serving
+    bits = {"weights": serving.weight_bits, "cache": serving.cache_bits}
+    return ", ".join([serving.dtype, *(f"{name} of {value:g} bits" for name, value in bits.items() if value)])
 
 
 def _draw_layers(axis: Axes, forecast: Forecast) -> None:

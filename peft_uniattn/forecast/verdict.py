@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..bench.contenders import DTYPES
 from .forecast import Forecast
 
 # Less than this is lost in what no bound counts: norms, launches, sampling, clocks.
@@ -47,14 +46,16 @@ def judge(forecast: Forecast) -> Verdict:
     if not worth_it:
         needed = tokens_needed(forecast)
         at_least = "" if needed is None else f" of at least {needed:,} cached tokens in all"
+        first = "quantize them first, or " if (serving.weight_bits or serving.bits) > 8 else ""
+        reasons.append(f"Weights are {1 - cached:.0%} of what is read: {first}come back with a load{at_least}.")
+    if (serving.cache_bits or serving.bits) == 16:
         reasons.append(
-            f"Weights are {1 - cached:.0%} of what is read: quantize them first, or come back with a load{at_least}."
+            "An FP8 cache leaves 50% of the bytes and changes no weights: try it first. "
+            f"The two multiply, to {forecast.kv_ratio / 2:.1%}."
         )
-    reasons += [
-        "An FP8 cache leaves 50% of the bytes and changes no weights: try it first. "
-        f"The two multiply, to {forecast.kv_ratio / 2:.1%}.",
-        "No count tells what sharing costs in quality: calibrate, train, and measure it with peft-uniattn eval.",
-    ]
+    reasons.append(
+        "No count tells what sharing costs in quality: calibrate, train, and measure it with peft-uniattn eval."
+    )
     headline = (
         f"Worth trying: up to {saved_time:.1%} less time for a decoded token, {saved_memory:.1%} less memory."
         if worth_it
@@ -81,4 +82,4 @@ def tokens_needed(forecast: Forecast) -> int | None:
 
 def _stored(forecast: Forecast) -> int:
     """Bytes of the base's weights in memory, all experts included."""
-    return forecast.base.parameters * DTYPES[forecast.serving.dtype].itemsize
+    return forecast.serving.stored_weights(forecast.base.parameters * forecast.serving.bits // 8)
