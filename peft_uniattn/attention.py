@@ -184,13 +184,13 @@ def follow(
         does not form them.
     """
     leader = leader_state(handover, leader_idx)
-    value = family.value_states(attention, hidden_states)
-    adds = source = None
-    if compensation is not None:
-        adds, source = compensation.design.adds, compensation.design.source(hidden_states, value)
+    value = own = family.value_states(attention, hidden_states)
     if past_key_values is not None:
         value = cache_values(past_key_values, value, attention.layer_idx, leader_idx)
     heads, probabilities = share_softmax(value, leader)
+    adds = source = None
+    if compensation is not None:
+        adds, source = compensation.design.adds, compensation.design.source(hidden_states, own, heads)
     if adds == HEADS:
         heads = heads + compensation.linear(source).view_as(heads)
     output = family.project_output(attention, heads)

@@ -14,8 +14,9 @@ from torch import nn
 
 from .families import Family
 
-# What W_c reads: the normalised input of attention, or the follower's own value states of the same token.
-INPUT, VALUES = "input", "values"
+# What W_c reads: the normalised input of attention, the follower's own value states of the same token, or side by side
+# the input and s·V. What reads s·V corrects W_o, and a standalone model has it there.
+INPUT, VALUES, INPUT_AND_HEADS = "input", "values", "input_and_heads"
 # What its output is added to: the output of attention, that of the whole decoder layer, or the heads' outputs.
 ATTENTION_OUTPUT, FFN_OUTPUT, HEADS = "attention_output", "ffn_output", "heads"
 
@@ -28,7 +29,7 @@ class Design:
     A place for W_c.
 
     Attributes:
-        reads: `INPUT` or `VALUES`.
+        reads: `INPUT`, `VALUES` or `INPUT_AND_HEADS`.
         adds: `ATTENTION_OUTPUT`, `FFN_OUTPUT` or `HEADS`.
     """
 
@@ -37,19 +38,31 @@ class Design:
 
     def sizes(self, attention: nn.Module, family: Family, hidden_size: int) -> tuple[int, int]:
         """How many coordinates W_c reads, and to how many it adds."""
-        inputs = hidden_size if self.reads == INPUT else family.value_width(attention)
         outputs = getattr(attention, family.output).in_features if self.adds == HEADS else hidden_size
-        return inputs, outputs
+        return sum(self.parts(attention, family, hidden_size)), outputs
 
-    def source(self, hidden_states: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def parts(self, attention: nn.Module, family: Family, hidden_size: int) -> tuple[int, ...]:
+        """How many coordinates each of the tensors has that W_c reads side by side."""
+        if self.reads == INPUT:
+            return (hidden_size,)
+        if self.reads == VALUES:
+            return (family.value_width(attention),)
+        return hidden_size, getattr(attention, family.output).in_features
+
+    def source(self, hidden_states: torch.Tensor, value: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         """
         What W_c reads.
 
         Args:
             hidden_states: the normalised input of attention, (batch, length, hidden size).
             value: the value states of the same tokens, (batch, key/value heads, length, head_dim).
+            heads: s·V, (batch, length, query heads, head_dim).
         """
-        return hidden_states if self.reads == INPUT else value.transpose(1, 2).flatten(2)
+        if self.reads == INPUT:
+            return hidden_states
+        if self.reads == VALUES:
+            return value.transpose(1, 2).flatten(2)
+        return torch.cat([hidden_states, heads.flatten(2)], dim=-1)
 
 
 DESIGNS: dict[str, Design] = {
@@ -57,6 +70,7 @@ DESIGNS: dict[str, Design] = {
     "ffn_output": Design(INPUT, FFN_OUTPUT),
     "heads": Design(INPUT, HEADS),
     "values_to_heads": Design(VALUES, HEADS),
+    "input_and_heads": Design(INPUT_AND_HEADS, ATTENTION_OUTPUT),
 }
 
 

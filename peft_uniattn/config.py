@@ -38,7 +38,8 @@ class UniAttnConfig(SuperblockConfig):
             Where the compensation reads and adds (the paper's Table 8): `"attention_output"` reads the normalised
             input of attention and adds to its output after W_o; `"ffn_output"` reads the same and adds to the output
             of the decoder layer, after the FFN; `"heads"` reads the same and adds before W_o; `"values_to_heads"`
-            reads the follower's own value states and adds before W_o. `"none"` compensates nothing.
+            reads the follower's own value states and adds before W_o; `"input_and_heads"` reads the input and s·V and
+            adds after W_o, so that W_o is fitted as well. `"none"` compensates nothing.
         init_weights (`bool`, defaults to `True`):
             Start with a compensation of zero; `calibrate` replaces it. `False` starts at random, for tests.
         kernels (`str`, defaults to `"auto"`):
@@ -65,7 +66,8 @@ class UniAttnConfig(SuperblockConfig):
         default="attention_output",
         metadata={
             "help": "Where the compensation reads and adds: 'attention_output', 'ffn_output' or 'heads' (before W_o), "
-            "from the input of attention; 'values_to_heads', from the values; or 'none'."
+            "from the input of attention; 'values_to_heads', from the values; 'input_and_heads', after W_o, from the "
+            "input and s·V, which corrects W_o; or 'none'."
         },
     )
     init_weights: bool = field(

@@ -97,10 +97,10 @@ class UniAttnLayer(AttentionTunerLayer):
         for linear, factor in zip(self._compensation(adapter_name), factors, strict=True):
             linear.weight.copy_(factor.T)
 
-    def compensation_source(self, adapter_name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the compensation of a follower reads where its attention gets `hidden_states`, (batch, length, …)."""
+    def compensation_source(self, adapter_name: str, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """What the compensation of a follower reads where its attention gets `hidden_states` and s·V is `heads`."""
         value = self.family.value_states(self.base_layer, hidden_states)
-        return DESIGNS[self.uniattn_design[adapter_name]].source(hidden_states, value)
+        return DESIGNS[self.uniattn_design[adapter_name]].source(hidden_states, value, heads)
 
     def compensation_rank(self, adapter_name: str) -> int | None:
         return self.uniattn_A[adapter_name].out_features if adapter_name in self.uniattn_A else None

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .compensation import NONE
+from .compensation import DESIGNS, INPUT_AND_HEADS, NONE
 from .inspection import Adapter, find_adapter
 from .plan import SOFTMAX, Plan
 from .quantized import dequantized
@@ -95,7 +95,7 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
         follower_mask=getattr(base.peft_config[adapter.name], "follower_mask", "own"),
         kernels=getattr(base.peft_config[adapter.name], "kernels", "auto"),
         skip_mass=getattr(base.peft_config[adapter.name], "skip_mass", 0.0),
-        compensation=adapter.compensation if adapter.method == "UniAttn" else "attention_output",
+        compensation=_standalone_design(adapter),
         compensation_rank=adapter.rank,
         shared=adapter.plan.shared,
         dropped_layers=list(adapter.plan.dropped) or None,
@@ -129,6 +129,12 @@ def _standalone_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     return state
 
 
+def _standalone_design(adapter: Adapter) -> str:
+    """The design of compensation that is left when what reads s·V has become part of W_o."""
+    corrects_output = adapter.compensation in DESIGNS and DESIGNS[adapter.compensation].reads == INPUT_AND_HEADS
+    return adapter.compensation if adapter.method == "UniAttn" and not corrects_output else "attention_output"
+
+
 def _unused(plan: Plan, layer: AttentionTunerLayer) -> list[str]:
     """How the names of those weights begin that the attention module of a changed layer has no use for."""
     if layer.layer_idx in plan.dropped:
@@ -148,16 +154,33 @@ def _separated(plan: Plan, layer: AttentionTunerLayer) -> dict[str, torch.Tensor
 
 
 def _compensation(adapter_name: str, layer: AttentionTunerLayer) -> dict[str, torch.Tensor]:
-    """W_c or its factors in the data type of the base."""
-    if layer.compensation_design(adapter_name) == NONE:
+    """W_c or its factors in the data type of the base, and W_o where a part of W_c corrects it."""
+    design = layer.compensation_design(adapter_name)
+    if design == NONE:
         return {}
     dtype = getattr(layer.base_layer, layer.family.value).weight.dtype
     containers = (("W", "compensation"), ("A", "compensation_A"), ("B", "compensation_B"))
-    return {
-        f"{key}.weight": linears[adapter_name].weight.detach().to(dtype)
+    weights = {
+        f"{key}.weight": linears[adapter_name].weight.detach()
         for container, key in containers
         if adapter_name in (linears := getattr(layer, f"uniattn_{container}"))
     }
+    if DESIGNS[design].reads == INPUT_AND_HEADS:
+        weights = _with_output(layer, weights)
+    return {key: weight.to(dtype) for key, weight in weights.items()}
+
+
+def _with_output(layer: AttentionTunerLayer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """W_c or its factors without what they read of s·V, and W_o with it."""
+    first, *others = weights
+    reads_input, reads_heads = weights[first].split(
+        [layer.hidden_size, weights[first].shape[1] - layer.hidden_size], 1
+    )
+    for key in others:
+        reads_heads = weights[key] @ reads_heads
+    output = f"{layer.family.output}.weight"
+    corrected = layer.base_layer.get_parameter(output).detach() + reads_heads
+    return {**weights, first: reads_input.contiguous(), output: corrected}
 
 
 def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -80,10 +80,11 @@ def attention_similarity(weights, config, input_ids, attention_mask) -> Tensor:
 
 def designed_logits(weights, config, input_ids, *, superblocks, compensation, design) -> Tensor:
     """
-    Logits of UniAttn with W_c elsewhere than after W_o.
+    Logits of UniAttn with any design of W_c.
 
     compensation: follower's layer index -> W_c, applied from the right.
-    design: "ffn_output": Norm(x)·W_c is added after the FFN; "heads": to s·V; "values_to_heads": V·W_c to s·V.
+    design: "attention_output": Norm(x)·W_c is added after W_o; "ffn_output": after the FFN; "heads": to s·V;
+        "values_to_heads": V·W_c to s·V; "input_and_heads": Norm(x)·W_x + s·V·W_h after W_o, W_c being W_x over W_h.
     """
     leaders = leader_of_each_follower(superblocks, config.num_hidden_layers)
     mask = torch.ones_like(input_ids)
@@ -102,6 +103,11 @@ def designed_logits(weights, config, input_ids, *, superblocks, compensation, de
         if i in leaders and design in ("heads", "values_to_heads"):
             heads = heads + (normed if design == "heads" else v) @ compensation[i]
         x = x + linear(weights, f"{layer}.self_attn.o_proj", heads)
+        if i in leaders and design == "input_and_heads":
+            w_x, w_h = compensation[i].split([normed.shape[-1], heads.shape[-1]])
+            x = x + normed @ w_x + heads @ w_h
+        if i in leaders and design == "attention_output":
+            x = x + normed @ compensation[i]
         x = x + feed_forward(weights, layer, rms_norm(weights, f"{layer}.post_attention_layernorm", x, config), config)
         if i in leaders and design == "ffn_output":
             x = x + normed @ compensation[i]

@@ -18,11 +18,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from peft_uniattn import UniAttnConfig, calibrate, to_standalone
 from peft_uniattn.calibration.solve import right_inverse
 
-ELSEWHERE = ("ffn_output", "heads", "values_to_heads")
+ELSEWHERE = ("ffn_output", "heads", "values_to_heads", "input_and_heads")
 DESIGNS = ("attention_output", *ELSEWHERE)
 SUPERBLOCKS = [[0, 1, 2], [3, 4, 5]]
 # Coordinates read, coordinates added to: 32 of the hidden states, 48 of the heads (head_dim 12), 24 of the values.
-SIZES = {"attention_output": (32, 32), "ffn_output": (32, 32), "heads": (32, 48), "values_to_heads": (24, 48)}
+SIZES = {
+    **{"attention_output": (32, 32), "ffn_output": (32, 32), "heads": (32, 48), "values_to_heads": (24, 48)},
+    "input_and_heads": (80, 32),
+}
 every_design = pytest.mark.parametrize("design", DESIGNS)
 elsewhere = pytest.mark.parametrize("design", ELSEWHERE)
 both_ranks = pytest.mark.parametrize("r", [None, 4], ids=["full", "low_rank"])
@@ -52,13 +55,15 @@ def oracle(model, design, ids):
 @both_ranks
 @elsewhere
 def test_logits_equal_the_oracle_s(design, r, convert, float64, ids):
-    model = convert(loud(adapter(design, r=r)))
-    close(logits(model), oracle(model, design, ids))
+    model = loud(adapter(design, r=r))
+    expected = oracle(model, design, ids)
+    close(logits(convert(model)), expected)
 
 
 @elsewhere
 def test_gradients_equal_the_oracle_s(design, float64, ids):
     model = to_standalone(loud(adapter(design))).train()
+    design = model.config.compensation
     parameters = dict(model.named_parameters())
     losses = [
         F.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -110,8 +115,12 @@ def test_saved_adapters_and_standalone_models_are_the_same_when_loaded(design, r
     assert torch.equal(logits(loaded), expected)
     to_standalone(model).save_pretrained(tmp_path / "model")
     standalone = aligned(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
-    assert standalone.config.compensation == design
-    assert torch.equal(logits(standalone), expected)
+    if design == "input_and_heads":  # part of it is in W_o now
+        assert standalone.config.compensation == "attention_output"
+        torch.testing.assert_close(logits(standalone), expected)
+    else:
+        assert standalone.config.compensation == design
+        assert torch.equal(logits(standalone), expected)
 
 
 @every_design
@@ -215,6 +224,7 @@ def attention_of(model, layer, ids):
         block.self_attn.register_forward_hook(
             lambda _, args, kwargs, output: seen.update(x=kwargs["hidden_states"], output=output[0]), with_kwargs=True
         ),
+        block.self_attn.base_layer.o_proj.register_forward_pre_hook(lambda _, args: seen.update(heads=args[0])),
     ]
     logits(model, ids)
     for handle in handles:
@@ -234,6 +244,8 @@ def test_calibration_solves_the_least_squares_problem_of_its_design(design, floa
     unified = attention_of(model, layer, ids)
     attention = model.base_model.model.model.layers[layer].self_attn.base_layer
     x = unified["x"] if design != "values_to_heads" else attention.v_proj(unified["x"])
+    if design == "input_and_heads":
+        x = torch.cat([x, unified["heads"]], dim=1)
     if design == "ffn_output":
         target = original["after"] - unified["after"]
     else:

@@ -1,21 +1,27 @@
 """The paper's tables on a model of one's own: the right rows, the same steps for all, one file each."""
 
 import json
+from functools import partial
+from queue import Queue
 
 import pytest
 from recipe_runs import flags, write_inputs
+from row_stand_in import write_row
 from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
 from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
+from peft_uniattn.reproduce.matrix import Cell
+from peft_uniattn.reproduce.run import _run_apart
 from peft_uniattn.reproduce.table import spread, table
 from peft_uniattn.training.arguments import parse_arguments
 
 # Layers 8 to 15 of 16: Superblocks [8-11] [12-15]; the upper a layer, the less its attention does.
 FOUND = Findings(
     make_plan(16),
+    half=make_plan(16, start_layer=12),
     similarity=[layer / 16 for layer in range(16)],
     by_error={3: [[0, 1], [4, 5, 6]], 6: [[0, 1, 2, 3], [4, 5, 6, 7]]},
     by_similarity={3: [[2, 3, 4, 5]], 6: [[2, 3, 4, 5], [6, 7, 8, 9]]},
@@ -32,7 +38,8 @@ def flag(cell, name):
 
 def test_the_main_table_has_the_rows_of_table_1():
     assert list(rows("main")) == [
-        *("pre-trained", "post-train", "llmdrop-half", "llmdrop-full", "cla-half", "cla-full", "uniattn"),
+        *("pre-trained", "post-train", "llmdrop-half", "llmdrop-full", "cla-half", "cla-full"),
+        *("uniattn-half", "uniattn"),
     ]
 
 
@@ -42,6 +49,22 @@ def test_rivals_work_on_half_and_on_all_of_the_layers():
     assert flag(main["llmdrop-full"], "dropped_layers") == "15,14,13,12,11,10"
     assert flag(main["cla-half"], "superblocks") == "12-15"
     assert flag(main["cla-full"], "superblocks") == "8-11,12-15"
+
+
+def test_more_rows_than_devices_take_turns(tmp_path):
+    devices = Queue()
+    devices.put(3)
+    results = [_run_apart(devices, 1, partial(write_row, tmp_path), Cell(name), 0) for name in ("first", "second")]
+    assert results == ["first on 3", "second on 3"]
+    assert devices.qsize() == 1
+
+
+def test_a_row_that_fails_is_named_and_gives_its_device_back(tmp_path):
+    devices = Queue()
+    devices.put(0)
+    with pytest.raises(RuntimeError, match="row 'broken' with seed 0 failed"):
+        _run_apart(devices, 1, partial(write_row, tmp_path), Cell("broken"), 0)
+    assert devices.qsize() == 1
 
 
 def test_the_ablation_has_the_rows_of_table_2():
@@ -103,6 +126,11 @@ def test_every_row_gets_the_same_number_of_steps(argv, tmp_path):
     assert steps_of(main["pre-trained"], shared, 1 / 3) == {}
 
 
+def test_without_a_share_for_it_stage_1_is_left_out(argv, tmp_path):
+    shared = parse_arguments([*argv, "--output_dir", str(tmp_path)])
+    assert steps_of(rows("main")["uniattn"], shared, 0.0) == {"calibrate": 2, "stage2": 4}
+
+
 def test_too_few_steps_are_refused(argv, tmp_path):
     shared = parse_arguments([*argv, "--output_dir", str(tmp_path), "--max_steps", "3"])
     with pytest.raises(ValueError, match="max_steps=3 is used up before stage 2"):
@@ -153,6 +181,7 @@ def test_a_single_value_has_no_deviation():
         ({"tables": ("main", "other")}, r"tables=\['main', 'other'\] must be some of main"),
         ({"seeds": ()}, "seeds is empty"),
         ({"stage1_share": 1.0}, r"stage1_share=1.0 must lie between"),
+        ({"grouping": "random"}, "grouping='random' must be one of fixed, error"),
         ({"jobs": 0}, "jobs=0"),
     ],
 )

@@ -197,13 +197,13 @@ class _Calibration:
     def _fit(self, layer: int, bar: tqdm) -> FollowerError:
         """Sweep once to compute W_c of the follower `layer`, moving on the original stream on the way."""
         follower = self.adapter.layers[layer]
-        inputs, _ = self.design.sizes(follower.base_layer, follower.family, follower.hidden_size)
+        parts = self.design.parts(follower.base_layer, follower.family, follower.hidden_size)
         tokens, means = None, None
         for batch in range(self.batches):
             x, error, original_attention, positions = self._compare(layer, batch)
             if tokens is None:
-                tokens = TokenStatistics(inputs, x.device, follower.hidden_size)
-                means = PositionMeans(inputs, x.device, follower.hidden_size)
+                tokens = TokenStatistics(sum(parts), x.device, follower.hidden_size)
+                means = PositionMeans(sum(parts), x.device, follower.hidden_size)
             tokens.add(x, error, original_attention)
             if not math.isfinite(tokens.ee + tokens.scale):
                 raise ValueError(
@@ -214,7 +214,7 @@ class _Calibration:
                 means.add(x, error, positions)
             bar.update()
 
-        *others, last = self._solve(tokens, means)
+        *others, last = self._solve(tokens, means, parts)
         compensation = reduce(torch.matmul, [*others, last])
         if self.design.adds == HEADS:
             output = follower.family.output_matrix(follower.base_layer)
@@ -236,8 +236,15 @@ class _Calibration:
         with original_model(self.adapter):
             output, _, original_attention = self.runner.run(inputs, layer, original)
         self.spill.put(batch, "next_original", output)
-        unified_output, hidden_states, attention = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
-        x = self.adapter.layers[layer].compensation_source(self.adapter.name, hidden_states).double()
+        follower, seen = self.adapter.layers[layer], []
+        projection = getattr(follower.base_layer, follower.family.output)
+        hook = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            result = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
+        finally:
+            hook.remove()
+        unified_output, hidden_states, attention = result
+        x = follower.compensation_source(self.adapter.name, hidden_states, seen[0]).double()
         if self.design.adds == FFN_OUTPUT:
             error = output.double() - unified_output.double()
         elif self.decoder.normalises_attention(layer):
@@ -253,10 +260,12 @@ class _Calibration:
         positions = token_positions(inputs).to(x.device)
         return x[real], error[real], original_attention.double()[real], positions[real]
 
-    def _solve(self, tokens: TokenStatistics, means: PositionMeans) -> tuple[torch.Tensor, ...]:
+    def _solve(
+        self, tokens: TokenStatistics, means: PositionMeans, parts: tuple[int, ...]
+    ) -> tuple[torch.Tensor, ...]:
         if self.method == "ridge":
-            gram = regularised(tokens.xx, self.ridge)
-            compensation = solve_ridge(tokens.xx, tokens.xe, self.ridge)
+            gram = regularised(tokens.xx, self.ridge, parts)
+            compensation = solve_ridge(tokens.xx, tokens.xe, self.ridge, parts)
         else:
             x, error = means.means()
             gram = x.T @ x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # The official implementation drops singular values below this share of the largest one.
@@ -71,7 +73,7 @@ class PositionMeans:
         return self.x[seen] / count, self.error[seen] / count
 
 
-def solve_ridge(xx: torch.Tensor, xe: torch.Tensor, ridge: float) -> torch.Tensor:
+def solve_ridge(xx: torch.Tensor, xe: torch.Tensor, ridge: float, parts: Sequence[int] = ()) -> torch.Tensor:
     """
     W_c that minimises Σ ‖ε − x·W_c‖² + λ‖W_c‖², with λ = `ridge` times the mean square of x's coordinates, summed.
 
@@ -79,13 +81,16 @@ def solve_ridge(xx: torch.Tensor, xe: torch.Tensor, ridge: float) -> torch.Tenso
         xx: Σ xᵀx, (hidden size, hidden size) in float64.
         xe: Σ xᵀε, likewise.
         ridge: strength relative to the mean diagonal of `xx`, above 0.
+        parts: where x is several tensors side by side, their widths; each then has a λ of its own size.
     """
-    return torch.linalg.solve(regularised(xx, ridge), xe)
+    return torch.linalg.solve(regularised(xx, ridge, parts), xe)
 
 
-def regularised(xx: torch.Tensor, ridge: float) -> torch.Tensor:
+def regularised(xx: torch.Tensor, ridge: float, parts: Sequence[int] = ()) -> torch.Tensor:
     """xx + λI as in [`solve_ridge`]."""
-    return xx + ridge * xx.diagonal().mean() * torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device)
+    widths = list(parts) or [xx.shape[0]]
+    means = [part.mean().expand(part.shape) for part in xx.diagonal().split(widths)]
+    return xx + ridge * torch.diag(torch.cat(means))
 
 
 def solve_pseudoinverse(x: torch.Tensor, error: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,10 @@ def reproduce(
     ] = None,
     prompt: Annotated[str, typer.Option(help="paper, as the rows are trained, or official.")] = "paper",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each set.", min=1)] = None,
-    stage1_share: Annotated[float, typer.Option(help="Share of the steps for stage 1.")] = 0.25,
+    stage1_share: Annotated[float, typer.Option(help="Share of the steps for stage 1; 0 leaves it out.")] = 0.05,
+    grouping: Annotated[
+        str, typer.Option(help="fixed: Superblocks as given; error: those of least error with as many followers.")
+    ] = "fixed",
     jobs: Annotated[int, typer.Option(help="Rows at a time; on several GPUs they take turns.", min=1)] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every adapter and model.")] = False,
 ) -> None:
@@ -56,6 +59,7 @@ def reproduce(
             seeds=tuple(int(seed) for seed in seeds.split(",")),
             evaluation=Evaluation(names, None if data_dir is None else str(data_dir), prompt=prompt, limit=limit),
             stage1_share=stage1_share,
+            grouping=grouping,
             jobs=jobs,
             keep_models=keep_models,
         )

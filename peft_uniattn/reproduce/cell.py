@@ -98,7 +98,7 @@ def run_cell(
         directory: where the row's folder is; an interrupted run continues there.
         argv: arguments of the recipe that all rows share.
         evaluation: what is asked.
-        stage1_share: share of the steps for stage 1, in rows that have one.
+        stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out.
         keep_models: leave adapter and model in the row's folder.
 
     Raises:
@@ -158,7 +158,7 @@ def steps_of(cell: Cell, shared: Arguments, stage1_share: float) -> dict[str, in
     steps = {}
     if "calibrate" in cell.stages:
         steps["calibrate"] = -(-shared.recipe.calibration_examples // per_step)
-    if "stage1" in cell.stages:
+    if "stage1" in cell.stages and stage1_share > 0:
         steps["stage1"] = max(1, round(stage1_share * total))
     steps["stage2"] = total - sum(steps.values())
     if steps["stage2"] < 1:
@@ -177,7 +177,8 @@ def accuracies(results: dict[str, Any]) -> dict[str, float]:
 
 
 def _flags(cell: Cell, steps: dict[str, int]) -> list[str]:
-    flags = [*cell.flags, "--stages", ",".join(cell.stages)]
+    stages = [stage for stage in cell.stages if stage != "stage1" or "stage1" in steps]
+    flags = [*cell.flags, "--stages", ",".join(stages)]
     if "stage1" in steps:
         flags += ["--stage1_max_steps", str(steps["stage1"])]
     return [*flags, "--max_steps", str(steps.get("stage2", steps.get("plain")))] if steps else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..evaluation import check_contamination, task_questions
 from ..grouping import choose_superblocks
 from ..inspection import find_adapter
 from ..plan import Plan
-from ..rivals import measure_attention_similarity
+from ..rivals import half_of, measure_attention_similarity
 from ..training.arguments import Arguments
 from ..training.data import LoadedData, batches, load_data
 from ..training.journal import write_atomically
@@ -24,8 +24,12 @@ from ..training.loading import check_model, load_model, load_tokenizer
 from .cell import Evaluation
 from .matrix import Findings
 
+GROUPINGS = ("fixed", "error")
 
-def find(arguments: Arguments, path: Path, *, tables: Sequence[str], evaluation: Evaluation) -> Findings:
+
+def find(
+    arguments: Arguments, path: Path, *, tables: Sequence[str], evaluation: Evaluation, grouping: str = "fixed"
+) -> Findings:
     """
     Measure what `tables` depend on, or read it if it was measured before.
 
@@ -36,6 +40,8 @@ def find(arguments: Arguments, path: Path, *, tables: Sequence[str], evaluation:
         path: file to keep the findings in.
         tables: which tables are wanted.
         evaluation: what the rows will be asked.
+        grouping: "fixed" takes the Superblocks that the arguments mean, "error" those of least calibration error with
+            as many followers.
 
     Raises:
         ValueError: if training data hold evaluation questions, or the plan does not fit the model.
@@ -57,7 +63,15 @@ def find(arguments: Arguments, path: Path, *, tables: Sequence[str], evaluation:
     def loader() -> Iterator[dict[str, torch.Tensor]]:
         return _batches(data, arguments, tokenizer.pad_token_id)
 
-    found = Findings(plan, measure_attention_similarity(model, loader()))
+    def chosen(followers: int) -> Plan:
+        return replace(plan, superblocks=as_blocks(choose_superblocks(model, loader(), followers=followers)))
+
+    if grouping == "error":
+        followers = len(plan.followers)
+        plan, half = chosen(followers), chosen(-(-followers // 2))
+    else:
+        half = half_of(plan)
+    found = Findings(plan, half, measure_attention_similarity(model, loader()))
     if "grouping" in tables:
         for followers in _numbers_of_followers(plan):
             found.by_error[followers] = choose_superblocks(model, loader(), followers=followers)
@@ -85,10 +99,15 @@ def _numbers_of_followers(plan: Plan) -> list[int]:
 
 def _read(path: Path) -> Findings:
     content = json.loads(path.read_text())
-    plan = content["plan"]
     numbered = {
         name: {int(followers): blocks for followers, blocks in content[name].items()}
         for name in ("by_error", "by_similarity")
     }
-    superblocks = tuple(tuple(block) for block in plan["superblocks"])
-    return Findings(Plan(superblocks, plan["num_layers"]), content["similarity"], **numbered)
+    plan, half = (
+        Plan(as_blocks(content[name]["superblocks"]), content[name]["num_layers"]) for name in ("plan", "half")
+    )
+    return Findings(plan, half, content["similarity"], **numbered)
+
+
+def as_blocks(superblocks: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(block) for block in superblocks)

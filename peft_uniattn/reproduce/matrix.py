@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..compensation import DESIGNS, NONE
 from ..plan import Plan
-from ..rivals import choose_layers_to_drop, half_of, num_layers_to_drop
+from ..rivals import choose_layers_to_drop, num_layers_to_drop
 from ..training.arguments import STAGES
 
 # Superblock sizes whose number of followers divides 12 (Figure 4, right).
@@ -36,13 +36,15 @@ class Findings:
     What the rows depend on, found on the model and its training data before any row is run.
 
     Attributes:
-        plan: the Superblocks that the arguments mean for the model.
+        plan: the Superblocks of UniAttn, and those on which CLA-Full works.
+        half: Superblocks with half of the followers: CLA takes keys and values from them, and so saves as much.
         similarity: cosine similarity of the input and output of every layer's attention, bottom to top.
         by_error: for numbers of followers, the Superblocks of least calibration error.
         by_similarity: for numbers of followers, the Superblocks of most similar softmax activations.
     """
 
     plan: Plan
+    half: Plan
     similarity: Sequence[float]
     by_error: dict[int, list[list[int]]] = field(default_factory=dict)
     by_similarity: dict[int, list[list[int]]] = field(default_factory=dict)
@@ -73,7 +75,7 @@ POST_TRAIN = Cell("post-train", ("--compare_with_base", "true"), ("none",))
 
 
 def _main(found: Findings) -> list[Cell]:
-    """Table 1: the rivals at the same saving (half) and on the same layers (full)."""
+    """Table 1: the rivals at the same saving (half) and on as many layers (full), UniAttn on both."""
     plan = found.plan
     return [
         Cell("pre-trained", stages=()),
@@ -84,8 +86,9 @@ def _main(found: Findings) -> list[Cell]:
         ),
         *(
             Cell(f"cla-{name}", ("--method", "cla", "--superblocks", _as_text(blocks)))
-            for name, blocks in (("half", half_of(plan).superblocks), ("full", plan.superblocks))
+            for name, blocks in (("half", found.half.superblocks), ("full", plan.superblocks))
         ),
+        uniattn("uniattn-half", found.half.superblocks),
         uniattn("uniattn", plan.superblocks),
     ]
 
@@ -160,6 +163,7 @@ def _as_text(superblocks: Sequence[Sequence[int]]) -> str:
 
 
 def _dropped(found: Findings, *, half: bool) -> str:
-    lowest = min(found.plan.leader_of)
+    # Within the upper half, as in the paper, also where Superblocks reach further down.
+    lowest = max(min(found.plan.leader_of), found.plan.num_layers // 2 - 1)
     number = num_layers_to_drop(found.plan, half=half)
     return ",".join(map(str, choose_layers_to_drop(found.similarity, number, start_layer=lowest)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Queue
 
 import torch
 from tqdm.auto import tqdm
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from ..training.arguments import parse_arguments
 from ..training.journal import write_atomically
 from .cell import CellResult, Evaluation, run_cell, steps_of
-from .findings import find
+from .findings import GROUPINGS, find
 from .matrix import TABLES, Cell, cells
 from .plot import plot
 from .table import table
@@ -31,7 +32,8 @@ class Reproduction:
         tables: names of [`TABLES`].
         seeds: of every row.
         evaluation: what every row is asked.
-        stage1_share: share of the steps for stage 1, in rows that have one.
+        stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out.
+        grouping: "fixed" or "error", see `find`.
         jobs: rows at a time, each in a process of its own; on several GPUs they take turns.
         keep_models: leave adapters and models in the directory.
 
@@ -44,7 +46,8 @@ class Reproduction:
     tables: tuple[str, ...]
     seeds: tuple[int, ...]
     evaluation: Evaluation
-    stage1_share: float = 0.25
+    stage1_share: float = 0.05
+    grouping: str = "fixed"
     jobs: int = 1
     keep_models: bool = False
 
@@ -54,8 +57,10 @@ class Reproduction:
             raise ValueError(f"tables={list(self.tables)} must be some of {', '.join(TABLES)}")
         if not self.seeds:
             raise ValueError("seeds is empty; give one or more")
-        if not 0 < self.stage1_share < 1:
+        if not 0 <= self.stage1_share < 1:
             raise ValueError(f"stage1_share={self.stage1_share} must lie between 0 and 1")
+        if self.grouping not in GROUPINGS:
+            raise ValueError(f"grouping={self.grouping!r} must be one of {', '.join(GROUPINGS)}")
         if self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} must be 1 or more")
 
@@ -67,7 +72,13 @@ class Reproduction:
             ValueError: if training data hold evaluation questions, or arguments do not fit each other or the model.
         """
         shared = parse_arguments([*self.argv, "--output_dir", str(self.directory)])
-        found = find(shared, self.directory / "findings.json", tables=self.tables, evaluation=self.evaluation)
+        found = find(
+            shared,
+            self.directory / "findings.json",
+            tables=self.tables,
+            evaluation=self.evaluation,
+            grouping=self.grouping,
+        )
         rows = list({cell.name: cell for name in self.tables for cell in cells(name, found)}.values())
         for row in rows:
             steps_of(row, shared, self.stage1_share)
@@ -96,18 +107,16 @@ class Reproduction:
         if self.jobs == 1:
             yield from (run(cell, seed) for cell, seed in work)
             return
-        devices = multiprocessing.get_context("spawn").Queue()
+        devices: Queue[int] = Queue()
         for job in range(self.jobs):
             devices.put(job % max(1, torch.cuda.device_count()))
-        with ProcessPoolExecutor(
-            self.jobs,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_take_device,
-            initargs=(devices,),
-            max_tasks_per_child=1,
-        ) as pool:
-            for future in as_completed([pool.submit(run, cell, seed) for cell, seed in work]):
-                yield future.result()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            rows = [pool.submit(_run_apart, devices, self.jobs, run, cell, seed) for cell, seed in work]
+            try:
+                for row in as_completed(rows):
+                    yield row.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _caption(self, results: Sequence[CellResult]) -> str:
         trained = next((result for result in results if result.steps), results[0])
@@ -121,5 +130,21 @@ def _run_cell(cell: Cell, seed: int, **options: object) -> CellResult:
     return run_cell(cell, seed, **options)
 
 
-def _take_device(devices: multiprocessing.Queue) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+def _run_apart(devices: Queue[int], jobs: int, run: Callable[..., CellResult], cell: Cell, seed: int) -> CellResult:
+    """Run a row in a process of its own, on the next free device."""
+    device = devices.get()
+    try:
+        process = multiprocessing.get_context("spawn").Process(target=_on_device, args=(device, jobs, run, cell, seed))
+        process.start()
+        process.join()
+    finally:
+        devices.put(device)
+    if process.exitcode:
+        raise RuntimeError(f"row {cell.name!r} with seed {seed} failed; its own message is above")
+    return run(cell, seed)  # which reads the file that the process has written
+
+
+def _on_device(device: int, jobs: int, run: Callable[..., CellResult], cell: Cell, seed: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    run(cell, seed)
