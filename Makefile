@@ -2,19 +2,31 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow lint clean
+.PHONY: quickstart test slow serving lint clean
 
 quickstart: $(VENV)/cli
 	$(BIN)/peft-uniattn quickstart
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TESTS)
+
+# vLLM holds on to versions of its own, so it has an environment of its own.
+serving: .venv-serving/installed
+	.venv-serving/bin/python -m pytest -m "" tests/serving
+
+.venv-serving/installed: pyproject.toml tests/serving/install_vllm.py
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/pip install --quiet --upgrade pip packaging
+	.venv-serving/bin/python tests/serving/install_vllm.py
+	.venv-serving/bin/pip install --quiet --editable . gguf platformdirs pytest
+	touch $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -43,4 +55,4 @@ $(VENV)/installed: $(VENV)/cli
 	touch $@
 
 clean:
-	rm -rf $(VENV) quickstart-output
+	rm -rf $(VENV) .venv-serving quickstart-output

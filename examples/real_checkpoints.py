@@ -1,15 +1,17 @@
 """
-UniAttn on a checkpoint of your own: calibrate, a short stage 1, and what that did to loss, KV cache and answers.
+UniAttn on a checkpoint of your own: plan, calibrate, a short stage 1, and what that did to loss, KV cache and text.
 
-    python examples/real_checkpoints.py CHECKPOINT DATA OUTPUT_DIR --superblock-size 2 --result result.json
+    python examples/real_checkpoints.py CHECKPOINT DATA OUTPUT_DIR --followers 3 --result result.json
 
 CHECKPOINT is a folder or a Hub name, DATA a file of instructions and answers (.json, .jsonl, .csv, .parquet) or a Hub
-name. Leaves the adapter in OUTPUT_DIR, and all figures with the command in the result file.
+name. Shows what the model writes before and after, leaves the adapter in OUTPUT_DIR, and all figures with the command
+in the result file.
 """
 
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from peft_uniattn import UniAttnConfig, calibrate
+from peft_uniattn import UniAttnConfig, calibrate, choose_superblocks
 from peft_uniattn.inspection import find_adapter
 from peft_uniattn.quickstart.checkpoint import PLAIN_CHAT_TEMPLATE, load_checkpoint
 from peft_uniattn.quickstart.data import load_examples
@@ -97,12 +99,12 @@ def main(
     data_name: Annotated[str | None, typer.Option(help="Likewise of the data.")] = None,
     result: Annotated[Path | None, typer.Option(help="Where to put the figures as JSON.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the base; W_c is trained in float32.")] = "bfloat16",
-    superblock_size: int = 2,
+    followers: Annotated[int, typer.Option(help="How many layers share; which ones is measured.")] = 3,
     rank: Annotated[int | None, typer.Option(help="Rank of the compensation. Default: full.")] = None,
     ridge: float = 1e-2,
     max_length: int = 256,
     calibration_examples: int = 160,
-    held_out_examples: int = 12,
+    held_out_examples: int = 32,
     steps: Annotated[int, typer.Option(help="Optimizer steps of stage 1.")] = 32,
     batch_size: int = 4,
     learning_rate: float = 1e-5,
@@ -110,7 +112,7 @@ def main(
     repetition_penalty: Annotated[float, typer.Option(help="Small models repeat themselves, base or unified.")] = 1.2,
     seed: int = 0,
 ) -> None:
-    """Calibrate, train W_c for some steps, and print loss, KV cache and answers before and after."""
+    """Plan, calibrate, train W_c for some steps, and print loss, KV cache and texts before and after."""
     started = time.perf_counter()
     set_seed(seed)
     examples = load_examples(data, seed=seed)
@@ -131,12 +133,17 @@ def main(
 
     measure("base", answering=True)
     kv_before = measured_kv_bytes_per_token(model)
-    config = UniAttnConfig(task_type="CAUSAL_LM", superblock_size=superblock_size, r=rank)
-    model = get_peft_model(model, config)
+    sample = train.select(range(min(calibration_examples, len(train))))
+
+    def calibration_batches() -> Iterator[dict[str, torch.Tensor]]:
+        return batches(sample, 8, tokenizer.pad_token_id, model.device)
+
+    superblocks = choose_superblocks(model, calibration_batches(), followers=followers, ridge=ridge)
+    print(f"Superblocks {superblocks}, {time.perf_counter() - started:.0f} s", flush=True)
+    model = get_peft_model(model, UniAttnConfig(task_type="CAUSAL_LM", superblocks=superblocks, r=rank))
     kv_after = measured_kv_bytes_per_token(model)
     measure("unified, no compensation")
-    sample = train.select(range(min(calibration_examples, len(train))))
-    report = calibrate(model, batches(sample, 8, tokenizer.pad_token_id, model.device), ridge=ridge)
+    report = calibrate(model, calibration_batches(), ridge=ridge)
     measure("calibrated")
     settings = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
     log = train_stage1(model, tokenizer, train, output_dir, seed=seed, warmup_steps=max(1, steps // 16), **settings)
@@ -169,9 +176,11 @@ def main(
         "seconds": time.perf_counter() - started,
         "environment": environment(),
     }
-    print(
-        json.dumps({key: figures[key] for key in ("kv_bytes_before", "kv_bytes_after", "losses", "answers")}, indent=2)
-    )
+    print(f"KV cache: {kv_before} -> {kv_after} bytes per token")
+    for index, question in enumerate(questions):
+        print(f"\n> {question}")
+        for step, texts in answers.items():
+            print(f"[{step}] {texts[index]}")
     if result:
         result.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -20,8 +20,7 @@ from .rivals import (
 )
 from .standalone import to_standalone
 from .standalone_modeling import register_auto_classes
-
-__version__ = "0.1.0"
+from .version import __version__
 
 register(UNIATTN, UniAttnConfig, UniAttnModel)
 register(CLA, CLAConfig, CLAModel)

@@ -56,6 +56,10 @@ class UniAttnConfig(SuperblockConfig):
             Token embeddings to train and save with the adapter.
         base_layout (`dict`, *optional*):
             Filled in on injection: shape of the base model, so that loading onto another one is refused.
+        base_commit (`str`, *optional*):
+            Filled in on injection: the commit of the base model's repository, if it came from the Hub.
+        uniattn_version, transformers_version (`str`, *optional*):
+            Filled in: the releases in use. A file of a later release than the installed one is refused.
     """
 
     r: int | None = field(

@@ -88,7 +88,8 @@ class Family:
     def project_output(self, attention: nn.Module, heads: torch.Tensor) -> torch.Tensor:
         """W_o on the heads' outputs (batch, length, query heads, head_dim): (batch, length, hidden size)."""
         output = getattr(attention, self.output)(heads.flatten(2))
-        return nn.functional.dropout(output, getattr(attention, "residual_dropout", 0.0), attention.training)
+        dropout = getattr(getattr(attention, "out_drop", None), "p", getattr(attention, "residual_dropout", 0.0))
+        return nn.functional.dropout(output, dropout, attention.training)
 
     def output_matrix(self, attention: nn.Module) -> torch.Tensor:
         """W_o of shape (coordinates of all heads, hidden size), as in heads · W_o, in float64."""
@@ -133,11 +134,14 @@ FAMILIES: dict[str, Family] = {
             *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "ernie4_5", "ernie4_5_moe", "cohere2_moe", "cwm"),
             *("exaone_moe", "flint", "hyperclovax", "kolibri1", "mellum", "minimax_m2"),
             *("solar_open", "aria_text", "apertus1p5_text"),
+            # These run as other architectures' classes.
+            *("internlm3", "iquestcoder", "exaone", "sarvam_moe"),
         ),
         _SEPARATE,
     ),
     "phi": Family(output="dense"),
     "phi3": _FUSED_BLOCKS,
+    "modernbert-decoder": Family(attention="attn", output="Wo"),
     "opt": Family(output="out_proj"),
     "biogpt": Family(output="out_proj"),
     "gpt_neox": Family(attention="attention", value="query_key_value", output="dense", fused="heads"),
@@ -154,11 +158,9 @@ _DROPS = "its decoder layers drop the keyword arguments by which a leader reache
 _OLD = "its attention does not go through transformers' attention interface"
 _OTHER_VALUE = "its attention treats inputs, values or outputs in a way of its own"
 _LOOPS = "it runs its layers several times in one forward pass, so a layer has no one leader"
-_BORROWED = (
-    "it borrows another architecture's classes, so a standalone model could not be loaded by its own model_type"
-)
 _ENCODER = "it is an encoder with a causal mask; its layers are not laid out as a decoder's"
 _HALF = "it is the decoder of an encoder-decoder, with attention across to an encoder"
+_PARTS = "text is one of several things that it reads or writes, with layers for pictures, sounds or bytes beside"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "longcat_flash", "glm_moe_dsa"), _MLA),
@@ -176,7 +178,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("beam", "dbrx", "jetmoe", "mimo_v2_flash", "inkling_text", "inkling2_text"), _OTHER_VALUE),
     **dict.fromkeys(("ctrl", "deepseek_v4", "zaya"), _OTHER_VALUE),
     **dict.fromkeys(("dory", "hrm_text", "inkling2_loop_text"), _LOOPS),
-    **dict.fromkeys(("internlm3", "iquestcoder", "exaone", "sarvam_moe"), _BORROWED),
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra"), _ENCODER),
     **dict.fromkeys(("ernie", "megatron-bert", "rembert", "roberta"), _ENCODER),
     **dict.fromkeys(
@@ -184,6 +185,7 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(("xlnet", "xmod", "reformer"), _ENCODER),
     **dict.fromkeys(("trocr", "musicgen_decoder", "musicgen_melody_decoder", "mllama_text_model"), _HALF),
+    **dict.fromkeys(("blt", "cohere_compass_text", "emu3_text_model", "git", "moshi", "phi4_multimodal"), _PARTS),
 }
 
 

@@ -41,8 +41,8 @@ def to_standalone(
         check_finite: refuse a compensation with NaN or infinite values.
 
     Raises:
-        ValueError: if there is no such adapter, if the base is quantized by other means, or if `check_finite` finds
-            something.
+        ValueError: if there is no such adapter, if the base is quantized by other means, if the compensation is too
+            large for the data type of the base, or if `check_finite` finds something.
     """
     adapter = find_adapter(model, adapter_name)
     base = adapter.base
@@ -104,7 +104,7 @@ def _empty_like(adapter: Adapter, tied: bool) -> PreTrainedModel:
     config = standalone_config_class(type(base.config)).from_dict(fields)
     config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
-        return standalone_class(type(base))(config)
+        return standalone_class(type(base), type(base.config))(config)
 
 
 def _standalone_state(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -167,7 +167,18 @@ def _compensation(adapter_name: str, layer: AttentionTunerLayer) -> dict[str, to
     }
     if DESIGNS[design].reads == INPUT_AND_HEADS:
         weights = _with_output(layer, weights)
+    for key, weight in weights.items():
+        _check_fits(f"{key} of decoder layer {layer.layer_idx}", weight, dtype)
     return {key: weight.to(dtype) for key, weight in weights.items()}
+
+
+def _check_fits(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    # float16 ends where float32 goes on.
+    largest = torch.finfo(dtype).max
+    if torch.finfo(weight.dtype).max > largest and (weight.isfinite() & (weight.abs() > largest)).any():
+        raise ValueError(
+            f"{name} exceeds what the base's {dtype} can hold; load the base in torch.bfloat16 or torch.float32"
+        )
 
 
 def _with_output(layer: AttentionTunerLayer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attention import follow, intercept_attention, past_key_values, refuse_continuous_batching
@@ -29,10 +29,13 @@ from .skipping import NoAttention
 
 try:  # by its full name: see attention.py
     from peft_uniattn.kernels import check_kernels
+    from peft_uniattn.version import __version__, check_release
 except ImportError:
     check_kernels = None
 
 PREFIX = "UniAttn"
+# Between the two classes in the name of a standalone class whose configuration is not its model class's own.
+WITH = "With"
 MODEL_TYPE_PREFIX = "uniattn_"
 
 
@@ -144,6 +147,8 @@ class UniAttnModelMixin:
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         plan = standalone_plan(config)
+        if check_kernels is not None:
+            config.uniattn_version = __version__  # what saves this model
         super().__init__(config, *args, **kwargs)
         check_back_end(self.config._attn_implementation)
         family = FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)]
@@ -209,11 +214,12 @@ def standalone_plan(config: PretrainedConfig) -> Plan:
     The plan that the configuration of a standalone model names.
 
     Raises:
-        ValueError: if it does not fit the model, or is none.
+        ValueError: if it does not fit the model, is none, or was written by a later release.
     """
-    check_design(config.compensation)
-    if check_kernels is not None:
+    if check_kernels is not None:  # else the code that was saved with the weights is what runs
+        check_release(config.uniattn_version)
         check_kernels(config.kernels, config.skip_mass)
+    check_design(config.compensation)
     rank = config.compensation_rank
     if rank is not None and not (type(rank) is int and 1 <= rank <= config.hidden_size):
         raise ValueError(
@@ -241,7 +247,7 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
     Adds the fields `superblocks` (lists of consecutive layer indices, the leader first), `follower_mask` (see
     [`make_plan`]), `compensation` (its design, a key of DESIGNS or "none"), `compensation_rank` (of W_c; None for the
     full matrix), `shared` ("softmax", or "keys_and_values" for CLA) and `dropped_layers` (those without attention;
-    there are no Superblocks then), `kernels` and `skip_mass` (see [`UniAttnConfig`]).
+    there are no Superblocks then), `kernels`, `skip_mass` and `uniattn_version` (see [`UniAttnConfig`]).
     """
     # Configurations are dataclasses, so new fields have to be annotated.
     fields = {
@@ -253,11 +259,13 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
         "dropped_layers": list[int] | None,
         "kernels": str,
         "skip_mass": float,
+        "uniattn_version": str | None,
     }
     members = {
         "__annotations__": fields,
         "kernels": "auto",
         "skip_mass": 0.0,
+        "uniattn_version": None,
         "superblocks": None,
         "follower_mask": "own",
         "compensation": "attention_output",
@@ -272,29 +280,50 @@ def standalone_config_class(config_class: type[PretrainedConfig]) -> type[Pretra
 
 
 @cache
-def standalone_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The standalone version of a transformers model class."""
+def _standalone_class(
+    model_class: type[PreTrainedModel], config_class: type[PretrainedConfig]
+) -> type[PreTrainedModel]:
+    own = config_class is model_class.config_class
     members = {
-        "config_class": standalone_config_class(model_class.config_class),
+        "config_class": standalone_config_class(config_class),
         "__module__": __name__,
         "_auto_class": "AutoModelForCausalLM",
     }
-    return type(PREFIX + model_class.__name__, (UniAttnModelMixin, model_class), members)
+    name = model_class.__name__ if own else f"{model_class.__name__}{WITH}{config_class.__name__}"
+    return type(PREFIX + name, (UniAttnModelMixin, model_class), members)
+
+
+def standalone_class(
+    model_class: type[PreTrainedModel], config_class: type[PretrainedConfig] | None = None
+) -> type[PreTrainedModel]:
+    """
+    The standalone version of a transformers model class.
+
+    Args:
+        model_class: the class of the base model.
+        config_class: the class of its configuration, where that is of an architecture that borrows the model class of
+            another (InternLM-3 runs as a Llama). Default: what `model_class` names.
+    """
+    return _standalone_class(model_class, config_class or model_class.config_class)
 
 
 def __getattr__(name: str) -> type:
     """Make `UniAttn<Class>` when it is first asked for, by auto classes, pickle or the user."""
-    original = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if isinstance(original, type) and issubclass(original, PretrainedConfig):
-        return standalone_config_class(original)
-    if isinstance(original, type) and issubclass(original, PreTrainedModel):
-        return standalone_class(original)
+    parts = name.removeprefix(PREFIX).split(WITH) if name.startswith(PREFIX) else []
+    classes = [getattr(transformers, part, None) for part in parts]
+    if all(isinstance(found, type) for found in classes):
+        kinds = [issubclass(found, PretrainedConfig) for found in classes]
+        if kinds == [True]:
+            return standalone_config_class(*classes)
+        if kinds in ([False], [False, True]) and issubclass(classes[0], PreTrainedModel):
+            return standalone_class(*classes)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register_auto_classes() -> None:
     """Teach `AutoConfig` and `AutoModelForCausalLM` the standalone model types."""
     for model_type in FAMILIES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
-        model_class = standalone_class(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
-        AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+        standalone = standalone_class(model_class, CONFIG_MAPPING[model_type])
+        AutoConfig.register(standalone.config_class.model_type, standalone.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(standalone.config_class, standalone, exist_ok=True)

@@ -14,6 +14,7 @@ from functools import wraps
 from pathlib import Path
 
 import pytest
+import stream_stand_in
 import torch
 import torch.nn.functional as F
 from conftest import prompt
@@ -21,12 +22,22 @@ from family_models import BLOCKS, SINKS_APART, Case
 from oracle import Float64Throughout, positions
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
 
 from peft_uniattn import UniAttnLayer, to_standalone
+from peft_uniattn.cache import kv_bytes
 from peft_uniattn.families import find_decoder, find_family
 from peft_uniattn.probe import check_sharing
 
+OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "Wo")
 LEADER_OF = {follower: block[0] for block in BLOCKS for follower in block[1:]}
 # Longer than every window and chunk.
 LENGTH = 9
@@ -55,7 +66,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> N
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules bottom to top, wrapped where they are."""
-    names = ("self_attn", "attention")
+    names = ("self_attn", "attention", "attn")
     layers = next(
         module.layers for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)
     )
@@ -138,7 +149,7 @@ def expected_output(layer: UniAttnLayer, x: Tensor, probabilities: Tensor) -> Te
     attention = layer.get_base_layer()
     value = separate_values(attention, x)
     value = value.repeat_interleave(probabilities.shape[1] // value.shape[1], dim=1)
-    projection = next(getattr(attention, name) for name in ("o_proj", "dense", "out_proj") if hasattr(attention, name))
+    projection = next(getattr(attention, name) for name in OUTPUT_PROJECTIONS if hasattr(attention, name))
     output = F.linear((probabilities @ value).transpose(1, 2).flatten(2), projection.weight, projection.bias)
     return output + x @ layer.uniattn_W["default"].weight.T
 
@@ -236,6 +247,38 @@ def check_cache(case: Case, back_end: str, kind: str) -> None:
         assert (width == 0) == (layer in LEADER_OF), f"layer {layer} caches values of width {width}"
 
 
+def check_offloaded(case: Case, back_end: str) -> None:
+    """Tokens, of beams too, are the same from an offloaded cache, whose copies are late (stream_stand_in.py)."""
+    model = case.adapter(back_end)
+    options = {"attention_mask": MASK, "max_new_tokens": 4, "do_sample": False}
+    for beams in (1, 2):
+        expected = model.generate(IDS, num_beams=beams, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            stream_stand_in.install(patch)
+            actual = model.generate(IDS, num_beams=beams, cache_implementation="offloaded", **options)
+        assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def check_quantized_cache(case: Case, back_end: str) -> None:
+    """A cache that quantizes: the right logits where it rounds to 32 bits, and no keys of followers where to 8."""
+    model = case.adapter(back_end)
+
+    def after_two_steps(cache: Cache) -> Tensor:
+        model(IDS, past_key_values=cache)
+        return model(prompt(length=1, seed=3), past_key_values=cache).logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_utils.Fp8QuantizedLayer, "fp8_dtype", torch.float32)
+        actual = after_two_steps(QuantizedCache("fp8", model.config))
+    assert_close(actual, after_two_steps(DynamicCache(config=model.config)), 1e-4)
+    shared, own = (QuantizedCache("fp8", model.config) for _ in range(2))
+    after_two_steps(shared)
+    with model.disable_adapter():
+        after_two_steps(own)
+    assert kv_bytes(shared) == kv_bytes(own) * (1 - len(LEADER_OF) / 6 / 2)
+
+
 @in_float64
 @torch.no_grad()
 def check_padding(case: Case, back_end: str) -> None:
@@ -311,14 +354,8 @@ def check_standalone(case: Case, back_end: str) -> None:
     assert_close(run(standalone, mask=MASK), run(model, mask=MASK))
     for follower in LEADER_OF:
         names = {name for name, _ in attention_modules(standalone)[follower].named_parameters()}
-        assert {name.split(".")[0] for name in names} <= {
-            "v_proj",
-            "o_proj",
-            "dense",
-            "out_proj",
-            "compensation",
-            "sinks",
-        }
+        left = {"v_proj", *OUTPUT_PROJECTIONS, "compensation", "sinks"}
+        assert {name.split(".")[0] for name in names} <= left
 
 
 @torch.no_grad()

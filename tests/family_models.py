@@ -53,6 +53,7 @@ SPECIAL = {
     "opt": {**MHA, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "biogpt": MHA,
     "persimmon": MHA,
+    "modernbert-decoder": {**MHA, "local_attention": 8},
     "gemma2": SOFTCAP,
     "vaultgemma": SOFTCAP,
     "gemma3_text": {**SLIDING, "query_pre_attn_scalar": 8},
@@ -74,7 +75,7 @@ MIXED = {
     **dict.fromkeys(("gemma2", "gemma3_text", "vaultgemma", "gpt_oss", "cohere2", "olmo3", "exaone4"), "sliding"),
     **dict.fromkeys(("qwen2", "qwen3", "dots1", "ministral"), "sliding"),
     **dict.fromkeys(("cohere2_moe", "cwm", "exaone_moe", "flint", "kolibri1"), "sliding"),
-    **dict.fromkeys(("granite_swa", "granitemoe_swa"), "sliding"),
+    **dict.fromkeys(("granite_swa", "granitemoe_swa", "modernbert-decoder"), "sliding"),
     "llama4_text": "chunked",
 }
 # transformers has no sdpa for softcapping and attention sinks.

@@ -64,6 +64,7 @@ def write(folder: Path, commit: str) -> None:
         "commit": commit,
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "sha256": hashes(folder),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

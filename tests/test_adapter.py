@@ -508,3 +508,10 @@ def test_one_configuration_object_serves_two_equal_bases():
     config = UniAttnConfig(superblock_size=3, start_layer=0)
     first, second = (get_peft_model(tiny_model(), config) for _ in range(2))
     assert torch.equal(logits(first.eval()), logits(second.eval()))
+
+
+def test_a_follower_without_compensation_takes_none():
+    follower = tiny_adapter(compensation="none").base_model.model.model.layers[1].self_attn
+    follower.set_compensation("default")
+    with pytest.raises(ValueError):
+        follower.set_compensation("default", torch.zeros(32, 32))

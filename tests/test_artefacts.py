@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import make_artefacts
 import pytest
 import torch
-from conftest import logits
+from conftest import aligned, logits
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -58,6 +59,30 @@ def test_a_stored_adapter_loads_with_the_logits_it_had(name, release, expected):
 def test_a_stored_standalone_model_loads_with_the_logits_it_had(release, expected):
     model = AutoModelForCausalLM.from_pretrained(release / "standalone", dtype=torch.float64)
     torch.testing.assert_close(logits(model, expected["input_ids"]), expected["standalone"], **TOLERANCE)
+
+
+@every_release
+@pytest.mark.parametrize("name", make_artefacts.ADAPTERS)
+def test_weights_come_out_of_a_stored_adapter_bit_for_bit(name, release):
+    model = PeftModel.from_pretrained(base_of(release), release / name)
+    stored = load_file(release / name / "adapter_model.safetensors")
+    found = {key.replace(".default.", "."): tensor for key, tensor in model.named_parameters() if ".default." in key}
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[key], stored[key].to(found[key].dtype)) for key in stored)
+
+
+@every_release
+def test_logits_are_bit_equal_where_libraries_and_cpu_are_those_of_the_manifest(release, expected):
+    manifest = json.loads((release / "manifest.json").read_text())
+    here = {name: version(name) for name in ("torch", "transformers")}
+    here["cpu"] = torch.backends.cpu.get_cpu_capability()
+    if any(manifest[name] != value for name, value in here.items()):
+        pytest.skip(f"written with others than {here}, which may round otherwise")
+    for name in make_artefacts.ADAPTERS:
+        model = aligned(PeftModel.from_pretrained(base_of(release), release / name))
+        assert torch.equal(logits(model, expected["input_ids"]), expected[name])
+    model = aligned(AutoModelForCausalLM.from_pretrained(release / "standalone", dtype=torch.float64))
+    assert torch.equal(logits(model, expected["input_ids"]), expected["standalone"])
 
 
 @every_release

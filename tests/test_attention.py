@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import close, loud, prompt, specification, tiny_adapter, tiny_model
-from oracle import unified_logits
+from oracle import positions, unified_logits
 from peft import get_peft_model
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -124,6 +124,21 @@ class Record:
     def __exit__(self, *_):
         for handle in self.handles:
             handle.remove()
+
+
+@every_case
+def test_padding_on_the_left_gives_the_logits_of_padding_on_the_right(case):
+    model, _ = build(case)
+    tokens, length = prompt(batch=1, length=5), 9
+    found = []
+    for before in (4, 2, 0):
+        place = slice(before, before + 5)
+        ids, mask = torch.zeros(1, length, dtype=torch.long), torch.zeros(1, length, dtype=torch.long)
+        ids[:, place], mask[:, place] = tokens, 1
+        with torch.no_grad():
+            found.append(model(ids, attention_mask=mask, position_ids=positions(mask)).logits[:, place])
+    close(found[0], found[2])
+    close(found[1], found[2])
 
 
 @every_case

@@ -1,5 +1,7 @@
 """What followers keep in transformers' caches: values, no keys, and nothing that the caches' methods would miss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import close, loud, prompt, specification, tiny_adapter, tiny_model
@@ -305,3 +307,9 @@ def test_an_unsupported_cache_layer_is_refused_by_name():
     cache.layers = [DynamicLayer(), DynamicLayer(), OtherLayer(), DynamicLayer(), DynamicLayer(), DynamicLayer()]
     with pytest.raises(ValueError, match="type OtherLayer is not supported"):
         build()(prompt(), past_key_values=cache)
+
+
+def test_bytes_per_token_follow_from_the_hidden_size_where_no_head_dim_is_named():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 6}
+    for head_dim in ({}, {"head_dim": None}):
+        assert kv_bytes_per_token(SimpleNamespace(**sizes, **head_dim), 4, torch.float16) == (2 * 6 - 4) * 2 * 8 * 2

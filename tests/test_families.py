@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import family_checks as checks
 import pytest
-from family_models import CASES
+from family_models import CASES, MIXED, SPECIAL
+from transformers import cache_utils
 
+# transformers quantizes caches of models whose layers all have full attention.
+UNIFORM = [case for case in CASES if case.family not in MIXED and "sliding_window" not in SPECIAL.get(case.family, {})]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_back_end = pytest.mark.parametrize(
     ("case", "back_end"), [pytest.param(c, b, id=f"{c}-{b}") for c in CASES for b in c.back_ends]
@@ -41,6 +44,19 @@ def test_attentions_of_followers_are_those_of_their_leaders(case):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_cached_logits_are_the_uncached_ones(case, back_end, cache):
     checks.check_cache(case, back_end, cache)
+
+
+@every_back_end
+def test_an_offloaded_cache_gives_the_same_tokens(case, back_end):
+    checks.check_offloaded(case, back_end)
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="needs transformers with an fp8 cache")
+@pytest.mark.parametrize(
+    ("case", "back_end"), [pytest.param(c, b, id=f"{c}-{b}") for c in UNIFORM for b in c.back_ends]
+)
+def test_a_quantized_cache_keeps_values_of_followers_and_no_keys(case, back_end):
+    checks.check_quantized_cache(case, back_end)
 
 
 @every_back_end

@@ -137,18 +137,27 @@ def fuzz_adapters(adapters: Adapters, folder: Path, seeds: range) -> dict[str, i
     return outcomes
 
 
-def test_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path):
+def record(outcomes: dict[str, int], record_property) -> None:
+    for name, count in {"files fuzzed": sum(outcomes.values()), **outcomes}.items():
+        record_property(name, count)
+
+
+def test_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path, record_property):
     outcomes = fuzz_adapters(adapters, tmp_path / "adapter", range(200))
+    record(outcomes, record_property)
     assert min(outcomes.values()) > 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1000, 3000, 500))
-def test_two_thousand_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path, first):
-    fuzz_adapters(adapters, tmp_path / "adapter", range(first, first + 500))
+def test_two_thousand_damaged_adapters_are_refused_or_load_what_they_hold(adapters, tmp_path, first, record_property):
+    record(fuzz_adapters(adapters, tmp_path / "adapter", range(first, first + 500)), record_property)
 
 
-OWN_FIELDS = {"superblocks", "follower_mask", "compensation_rank", "shared", "dropped_layers", "kernels", "skip_mass"}
+OWN_FIELDS = {
+    *("superblocks", "follower_mask", "compensation_rank", "shared", "dropped_layers", "kernels", "skip_mass"),
+    "uniattn_version",
+}
 
 
 class Standalone:
@@ -218,15 +227,18 @@ def fuzz_standalone(standalone: Standalone, folder: Path, seeds: range) -> dict[
     return outcomes
 
 
-def test_damaged_standalone_models_are_refused_or_load_what_they_hold(standalone, tmp_path):
+def test_damaged_standalone_models_are_refused_or_load_what_they_hold(standalone, tmp_path, record_property):
     outcomes = fuzz_standalone(standalone, tmp_path / "model", range(100))
+    record(outcomes, record_property)
     assert min(outcomes.values()) > 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1000, 2000, 500))
-def test_a_thousand_damaged_standalone_models_are_refused_or_load_what_they_hold(standalone, tmp_path, first):
-    fuzz_standalone(standalone, tmp_path / "model", range(first, first + 500))
+def test_a_thousand_damaged_standalone_models_are_refused_or_load_what_they_hold(
+    standalone, tmp_path, first, record_property
+):
+    record(fuzz_standalone(standalone, tmp_path / "model", range(first, first + 500)), record_property)
 
 
 class RunsCode:

@@ -205,3 +205,8 @@ def test_an_impossible_choice_is_refused(arguments, message):
 
 def test_the_range_is_the_users():
     assert choose_layers_to_drop([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], 2, start_layer=1, end_layer=5) == [1, 2]
+
+
+def test_dropping_a_layer_that_is_not_there_names_those_that_are():
+    with pytest.raises(ValueError, match=r"names layer 6, but the model has 6 decoder layers \(0 to 5\)"):
+        LLMDropConfig(layers=[6]).make_plan(6)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import (
     CLASSES,
     aligned,
@@ -34,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from peft_uniattn import UniAttnConfig, to_standalone
+from peft_uniattn import UniAttnConfig, standalone_modeling, to_standalone
 from peft_uniattn.cache import kv_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -216,6 +217,11 @@ def test_the_adapted_model_keeps_its_configuration():
     assert model.config.model_type == "llama"
 
 
+def test_saving_writes_weights_as_safetensors_only(tmp_path):
+    standalone().save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json", ".py"}
+
+
 @both_ranks
 @every_family
 def test_configuration_is_the_base_s_with_plan_and_rank(family, r):
@@ -224,7 +230,7 @@ def test_configuration_is_the_base_s_with_plan_and_rank(family, r):
     assert type(config).__name__ == f"UniAttn{type(base).__name__}"
     assert isinstance(config, type(base))
     assert (config.superblocks, config.compensation_rank) == (SUPERBLOCKS, r)
-    own = {"model_type", "superblocks", "compensation_rank", "follower_mask"}
+    own = {"model_type", "superblocks", "compensation_rank", "follower_mask", "uniattn_version"}
     others = {"compensation": "attention_output", "shared": "softmax", "dropped_layers": None}
     others |= {"kernels": "auto", "skip_mass": 0.0}
     assert {key: getattr(config, key) for key in others} == others
@@ -445,6 +451,21 @@ def test_a_lora_step_changes_only_lora(ids):
     optimizer.step()
     moved = changed(before, weights(lora))
     assert moved == {name for name in before if ".lora_" in name}
+
+
+@pytest.mark.skipif(not hasattr(transformers, "InternLM3Config"), reason="needs transformers with InternLM-3")
+def test_an_architecture_that_borrows_a_model_class_has_a_standalone_class_of_its_own():
+    found = standalone_modeling.UniAttnLlamaForCausalLMWithInternLM3Config
+    assert issubclass(found, transformers.LlamaForCausalLM)
+    assert found.config_class.model_type == "uniattn_internlm3"
+    assert found.config_class is standalone_modeling.UniAttnInternLM3Config
+    assert pickle.loads(pickle.dumps(found)) is found
+
+
+@pytest.mark.parametrize("name", ["Nothing", "LlamaForCausalLMWithNothing", "LlamaConfigWithLlamaConfig", "LlamaMLP"])
+def test_other_names_are_no_standalone_classes(name):
+    with pytest.raises(AttributeError, match=f"no attribute 'UniAttn{name}'"):
+        getattr(standalone_modeling, f"UniAttn{name}")
 
 
 WITHOUT_THE_PACKAGE = """

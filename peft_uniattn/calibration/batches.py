@@ -27,6 +27,12 @@ def model_inputs(batch: Any, index: int) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def model_rows(inputs: Mapping[str, torch.Tensor], first: int, end: int) -> dict[str, torch.Tensor]:
+    """The rows from `first` up to `end`; what all sequences have in common, of a single row, stays."""
+    rows = len(inputs["input_ids"])
+    return {key: value[first:end].clone() if len(value) == rows else value for key, value in inputs.items()}
+
+
 def token_mask(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """True for tokens, False for padding, (batch, length)."""
     mask = inputs.get("attention_mask")

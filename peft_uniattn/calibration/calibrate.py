@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ from ..families import find_decoder
 from ..handover import Handover
 from ..inspection import Adapter, find_adapter
 from ..modes import evaluation_mode
-from .batches import model_inputs, token_mask, token_positions
+from .batches import model_inputs, model_rows, token_mask, token_positions
 from .report import CalibrationReport, FollowerError
 from .solve import (
     PositionMeans,
@@ -31,7 +31,7 @@ from .solve import (
     solve_pseudoinverse,
     solve_ridge,
 )
-from .streams import LayerRunner, Spill, original_model, pack_leader, unified_model, unpack_leader
+from .streams import LayerRunner, Spill, original_model, pack_leader, spill_below, unified_model, unpack_leader
 
 METHODS = ("ridge", "pseudoinverse")
 # Measured (docs/results/LOG.md): at 3 tokens per dimension calibration made two models worse.
@@ -57,8 +57,9 @@ def calibrate(
     a leader's queries and keys per token), so memory use does not depend on the number of samples. Works for full and
     low-rank compensation; for low rank it finds the factors that lose least of x·W_c on this data. Every design of
     compensation is fitted to what it can mend: the error of the residual stream after attention, through W_o where it
-    adds before W_o, or the error after the whole layer where it adds there. If anything fails, the compensation stays
-    what it was.
+    adds before W_o, or the error after the whole layer where it adds there. Where a batch is too large for the memory
+    of the device, calibration says so and starts again with halves. If anything fails, the compensation stays what it
+    was.
 
     Args:
         model: a `PeftModel` with a UniAttn adapter, or a transformers model that one was added to.
@@ -78,6 +79,8 @@ def calibrate(
     Raises:
         ValueError: for an unknown method, a ridge that is not positive, no data, batches without `input_ids`, no
             tokens, or activations that are not finite.
+        OSError: if `spill_directory` cannot be written, or is full.
+        torch.OutOfMemoryError: if the device's memory does not suffice for one sequence.
     """
     check_method(method)
     if not (isinstance(ridge, (int, float)) and math.isfinite(ridge) and ridge > 0):
@@ -97,15 +100,13 @@ def calibrate(
     followers = adapter.plan.followers
     before = {layer: _weights(adapter, layer) for layer in followers}
     try:
-        for layer in followers:
-            _zero(adapter, layer)
         with (
-            tempfile.TemporaryDirectory(dir=spill_directory, prefix="uniattn-") as directory,
+            spill_below(spill_directory) as spill,
             unified_model(adapter),
             evaluation_mode(adapter.base),
             torch.no_grad(),
         ):
-            sweep = _Calibration(adapter, Spill(directory), method, ridge, progress)
+            sweep = _Calibration(adapter, spill, method, ridge, progress)
             errors = sweep.run(dataloader, max_batches)
     except BaseException:
         for layer in followers:
@@ -131,6 +132,16 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r} is not a calibration method; use one of {', '.join(METHODS)}")
 
 
+class _Part(NamedTuple):
+    """Rows of a batch that are computed together: all of them, unless memory is short."""
+
+    batch: int
+    first_row: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}-{self.first_row}"
+
+
 class _Calibration:
     """One run of [`calibrate`]: the sweeps over the data, layer by layer."""
 
@@ -143,39 +154,32 @@ class _Calibration:
         self.method = method
         self.ridge = ridge
         self.progress = progress
-        self.batches = 0
+        self.parts: list[_Part] = []
         self.tokens = 0
+        self.batches = 0
 
     def run(self, dataloader: Iterable[Mapping[str, torch.Tensor]], max_batches: int | None) -> list[FollowerError]:
-        plan = self.adapter.plan
-        first, last = min(plan.leaders), max(plan.followers)
-        self._read(dataloader, first, max_batches)
-        errors = []
-        # A follower takes two sweeps over the batches, one to fit and one to go on; the topmost need not go on.
-        sweeps = last - first + len(plan.followers)
-        with tqdm(
-            total=sweeps * self.batches, desc="calibrating", unit="batch", disable=not self.progress, leave=False
-        ) as bar:
-            for layer in range(first, last + 1):
-                bar.set_postfix_str(f"layer {layer}")
-                if layer in plan.followers:
-                    errors.append(self._fit(layer, bar))
-                if layer < last:
-                    self._advance(layer, bar)
-        return errors
+        self._read(dataloader, max_batches)
+        while True:
+            try:
+                return self._sweep()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+            # Not in the handler, where the exception holds on to the tensors of the frames that it came through.
+            clear_device_cache(garbage_collection=True)
+            self._halve_parts()
 
-    def _read(self, dataloader: Iterable, first: int, max_batches: int | None) -> None:
-        """Store inputs and the hidden states that enter the lowest leader, where both streams still agree."""
+    def _read(self, dataloader: Iterable, max_batches: int | None) -> None:
+        """Store the inputs."""
         device = self.adapter.base.get_input_embeddings().weight.device
         bar = tqdm(dataloader, desc="reading", unit="batch", disable=not self.progress, leave=False, total=max_batches)
         with bar:
             for batch in bar:
                 inputs = {key: value.to(device) for key, value in model_inputs(batch, self.batches).items()}
-                hidden_states = self.runner.run_below(inputs, first)
                 self.tokens += int(token_mask(inputs).sum())
-                self.spill.put(self.batches, "inputs", inputs)
-                self.spill.put(self.batches, "original", hidden_states)
-                self.spill.put(self.batches, "unified", hidden_states)
+                self.parts.append(_Part(self.batches, 0))
+                self.spill.put(self.parts[-1], "inputs", inputs)
                 self.batches += 1
                 if self.batches == max_batches:
                     break
@@ -185,13 +189,68 @@ class _Calibration:
             raise ValueError("dataloader holds only padding (attention_mask is 0 everywhere); give it some text")
         self._warn_of_few_tokens()
 
+    def _halve_parts(self) -> None:
+        """
+        Split what is computed together into halves.
+
+        Raises:
+            torch.OutOfMemoryError: if that was one sequence.
+        """
+        largest = max(len(self.spill.get(part, "inputs")["input_ids"]) for part in self.parts)
+        if largest == 1:
+            raise torch.OutOfMemoryError(
+                "the device's memory does not suffice to calibrate on one sequence at a time; use shorter sequences"
+            )
+        rows = (largest + 1) // 2
+        warnings.warn(
+            f"out of memory with batches of {largest} sequences; calibration starts again with {rows} at a time. A "
+            "dataloader of smaller batches saves the attempt",
+            stacklevel=4,
+        )
+        parts = []
+        for part in self.parts:
+            inputs = self.spill.get(part, "inputs")
+            for first in range(0, len(inputs["input_ids"]), rows):
+                parts.append(_Part(part.batch, part.first_row + first))
+                self.spill.put(parts[-1], "inputs", model_rows(inputs, first, first + rows))
+        self.parts = parts
+
+    def _sweep(self) -> list[FollowerError]:
+        """All followers, bottom to top."""
+        plan = self.adapter.plan
+        first, last = min(plan.leaders), max(plan.followers)
+        for layer in plan.followers:
+            _zero(self.adapter, layer)
+        errors = []
+        # A follower takes two sweeps over the data, one to fit and one to go on; the topmost need not go on.
+        sweeps = 1 + last - first + len(plan.followers)
+        with tqdm(
+            total=sweeps * len(self.parts), desc="calibrating", unit="batch", disable=not self.progress, leave=False
+        ) as bar:
+            self._enter(first, bar)
+            for layer in range(first, last + 1):
+                bar.set_postfix_str(f"layer {layer}")
+                if layer in plan.followers:
+                    errors.append(self._fit(layer, bar))
+                if layer < last:
+                    self._advance(layer, bar)
+        return errors
+
+    def _enter(self, first: int, bar: tqdm) -> None:
+        """Store the hidden states that enter the lowest leader, where both streams still agree."""
+        for part in self.parts:
+            hidden_states = self.runner.run_below(self.spill.get(part, "inputs"), first)
+            self.spill.put(part, "original", hidden_states)
+            self.spill.put(part, "unified", hidden_states)
+            bar.update()
+
     def _warn_of_few_tokens(self) -> None:
         size = next(iter(self.adapter.layers.values())).hidden_size
         if self.tokens < _TOKENS_PER_DIMENSION * size:
             warnings.warn(
                 f"{self.tokens} tokens are few to fit a compensation to {size} dimensions, and held-out loss may get "
                 f"worse instead of better; calibrate on {_TOKENS_PER_DIMENSION * size} tokens or more",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _fit(self, layer: int, bar: tqdm) -> FollowerError:
@@ -199,16 +258,16 @@ class _Calibration:
         follower = self.adapter.layers[layer]
         parts = self.design.parts(follower.base_layer, follower.family, follower.hidden_size)
         tokens, means = None, None
-        for batch in range(self.batches):
-            x, error, original_attention, positions = self._compare(layer, batch)
+        for part in self.parts:
+            x, error, original_attention, positions = self._compare(layer, part)
             if tokens is None:
                 tokens = TokenStatistics(sum(parts), x.device, follower.hidden_size)
                 means = PositionMeans(sum(parts), x.device, follower.hidden_size)
             tokens.add(x, error, original_attention)
             if not math.isfinite(tokens.ee + tokens.scale):
                 raise ValueError(
-                    f"activations are not finite in decoder layer {layer}, batch {batch}; check that batch and the "
-                    "base model's weights, or calibrate in bfloat16 or float32 instead of float16"
+                    f"activations are not finite in decoder layer {layer}, batch {part.batch}; check that batch and "
+                    "the base model's weights, or calibrate in bfloat16 or float32 instead of float16"
                 )
             if self.method == "pseudoinverse" and len(x):
                 means.add(x, error, positions)
@@ -224,23 +283,23 @@ class _Calibration:
         leader = self.adapter.plan.leader_of[layer]
         return FollowerError(layer, leader, tokens.error_before(), tokens.error_after(compensation))
 
-    def _compare(self, layer: int, batch: int) -> tuple[torch.Tensor, ...]:
+    def _compare(self, layer: int, part: _Part) -> tuple[torch.Tensor, ...]:
         """
         What W_c reads, ε, original attention output, each in float64, a token a row, and positions (tokens,).
 
         Where a norm follows the attention output, what is added to it cannot make up for the residual stream, so ε is
         the difference of the outputs alone, and each token counts relative to the size by which that norm divides it.
         """
-        inputs = self.spill.get(batch, "inputs")
-        original, unified = self.spill.get(batch, "original"), self.spill.get(batch, "unified")
+        inputs = self.spill.get(part, "inputs")
+        original, unified = self.spill.get(part, "original"), self.spill.get(part, "unified")
         with original_model(self.adapter):
             output, _, original_attention = self.runner.run(inputs, layer, original)
-        self.spill.put(batch, "next_original", output)
+        self.spill.put(part, "next_original", output)
         follower, seen = self.adapter.layers[layer], []
         projection = getattr(follower.base_layer, follower.family.output)
         hook = projection.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            result = self.runner.run(inputs, layer, unified, self._leader(batch, layer))
+            result = self.runner.run(inputs, layer, unified, self._leader(part, layer))
         finally:
             hook.remove()
         unified_output, hidden_states, attention = result
@@ -274,29 +333,29 @@ class _Calibration:
 
     def _advance(self, layer: int, bar: tqdm) -> None:
         """Sweep once to move the streams through the layer `layer`."""
-        for batch in range(self.batches):
-            self._advance_batch(layer, batch)
+        for part in self.parts:
+            self._advance_part(layer, part)
             bar.update()
 
-    def _advance_batch(self, layer: int, batch: int) -> None:
+    def _advance_part(self, layer: int, part: _Part) -> None:
         plan = self.adapter.plan
-        inputs, unified = self.spill.get(batch, "inputs"), self.spill.get(batch, "unified")
+        inputs, unified = self.spill.get(part, "inputs"), self.spill.get(part, "unified")
         if layer in plan.followers:
-            self.spill.put(batch, "original", self.spill.get(batch, "next_original"))
-            handover = self._leader(batch, layer)
+            self.spill.put(part, "original", self.spill.get(part, "next_original"))
+            handover = self._leader(part, layer)
         else:
             with original_model(self.adapter):
-                output, _, _ = self.runner.run(inputs, layer, self.spill.get(batch, "original"))
-            self.spill.put(batch, "original", output)
+                output, _, _ = self.runner.run(inputs, layer, self.spill.get(part, "original"))
+            self.spill.put(part, "original", output)
             handover = Handover()
         output, _, _ = self.runner.run(inputs, layer, unified, handover)
-        self.spill.put(batch, "unified", output)
+        self.spill.put(part, "unified", output)
         if layer in plan.leaders:
-            self.spill.put(batch, "leader", pack_leader(handover.take(layer)))
+            self.spill.put(part, "leader", pack_leader(handover.take(layer)))
 
-    def _leader(self, batch: int, layer: int) -> Handover:
+    def _leader(self, part: _Part, layer: int) -> Handover:
         leader = self.adapter.layers[self.adapter.plan.leader_of[layer]].base_layer
-        return unpack_leader(leader, self.spill.get(batch, "leader"))
+        return unpack_leader(leader, self.spill.get(part, "leader"))
 
 
 def _weights(adapter: Adapter, layer: int) -> list[torch.Tensor]:

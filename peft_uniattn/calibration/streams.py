@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..disk import write_failure
 from ..families import Decoder
 from ..handover import HANDOVER, Handover, LeaderState
 from ..inspection import Adapter
@@ -22,14 +24,42 @@ class Spill:
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
 
-    def put(self, batch: int, name: str, value: Any) -> None:
-        torch.save(value, self._path(batch, name))
+    def put(self, batch: Hashable, name: str, value: Any) -> None:
+        try:
+            with open(self._path(batch, name), "wb") as file:
+                torch.save(value, file)
+        except (OSError, RuntimeError) as error:
+            if (failure := write_failure(error)) is None:
+                raise
+            raise OSError(
+                failure.errno,
+                f"spill_directory={str(self._directory.parent)!r}: {failure.strerror}. The hidden states of all data "
+                "are kept there meanwhile; give a directory with more room, or less data",
+            ) from error
 
-    def get(self, batch: int, name: str, device: torch.device | None = None) -> Any:
+    def get(self, batch: Hashable, name: str, device: torch.device | None = None) -> Any:
         return torch.load(self._path(batch, name), map_location=device, weights_only=True)
 
-    def _path(self, batch: int, name: str) -> Path:
+    def _path(self, batch: Hashable, name: str) -> Path:
         return self._directory / f"{batch}.{name}.pt"
+
+
+@contextmanager
+def spill_below(directory: str | Path | None) -> Iterator[Spill]:
+    """
+    A spill in a temporary directory below `directory` (None: the system's own place for them).
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=directory, prefix="uniattn-")
+    except OSError as error:
+        raise OSError(
+            error.errno, f"spill_directory={str(directory)!r}: {error.strerror}; give a directory that can be written"
+        ) from error
+    with temporary as path:
+        yield Spill(path)
 
 
 class LayerRunner:

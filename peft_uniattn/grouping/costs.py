@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from ..attention import follow
 from ..calibration.batches import model_inputs, token_mask
 from ..calibration.solve import solve_ridge
-from ..calibration.streams import LayerRunner, Spill, pack_leader, unpack_leader
+from ..calibration.streams import LayerRunner, Spill, pack_leader, spill_below, unpack_leader
 from ..families import Decoder
 from ..handover import Handover
 from ..modes import evaluation_mode
@@ -116,10 +115,10 @@ def measure_costs(
         progress: show a progress bar.
     """
     with ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(dir=spill_directory, prefix="uniattn-"))
+        spill = stack.enter_context(spill_below(spill_directory))
         stack.enter_context(intercepted(decoder, layers))
         stack.enter_context(evaluation_mode(model))
-        pass_ = _Pass(decoder, Spill(directory), max_size, progress)
+        pass_ = _Pass(decoder, spill, max_size, progress)
         pass_.read(dataloader, layers.start, model.get_input_embeddings().weight.device)
         before, after = {}, {}
         bar = stack.enter_context(

@@ -43,7 +43,8 @@ class CLAConfig(SuperblockConfig):
         follower_mask (`str`, defaults to `"own"`):
             `"own"` shares only between layers with the same mask; `"leader"` lets followers take the mask of a leader
             with full attention. Refused where such layers also differ in their RoPE.
-        target_modules, modules_to_save, trainable_token_indices, base_layout:
+        target_modules, modules_to_save, trainable_token_indices, base_layout, base_commit, uniattn_version,
+        transformers_version:
             As in [`UniAttnConfig`].
     """
 

@@ -32,7 +32,8 @@ class LLMDropConfig(AttentionConfig):
     Args:
         layers (`list[int]`):
             The layers to drop, in any order; [`choose_layers_to_drop`] finds them from data.
-        target_modules, modules_to_save, trainable_token_indices, base_layout:
+        target_modules, modules_to_save, trainable_token_indices, base_layout, base_commit, uniattn_version,
+        transformers_version:
             As in [`UniAttnConfig`].
     """
 

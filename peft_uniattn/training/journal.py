@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,9 +21,11 @@ class Journal:
 
     Raises:
         ValueError: if the directory holds a run with other settings, naming the differences, or foreign files.
+        OSError: if nothing can be written there.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        _check_writable(directory)
         self.directory = directory
         self._path = directory / "journal.json"
         settings = json.loads(json.dumps(settings))
@@ -51,6 +54,15 @@ class Journal:
         self.directory.mkdir(parents=True, exist_ok=True)
         content = {"settings": self._settings, "results": self.results}
         write_atomically(self._path, json.dumps(content, indent=2) + "\n")
+
+
+def _check_writable(directory: Path) -> None:
+    # Before a model is loaded.
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    may_write = os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    if not (existing.is_dir() and may_write):
+        what = "cannot be written to" if existing.is_dir() else "is not a directory"
+        raise OSError(errno.EACCES, f"output_dir={str(directory)!r}: {existing} {what}; choose another output_dir")
 
 
 def write_atomically(path: Path, text: str) -> None:

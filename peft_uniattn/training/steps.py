@@ -198,7 +198,8 @@ class Steps:
     def _adapted(self, model: PreTrainedModel, start: str | None) -> PeftModel:
         """`model` with the adapter that a stage starts from: of `output_dir`, the given one, or with W_c = 0."""
         if start is None:
-            return get_peft_model(model, self.arguments.plan.peft_config())
+            revision = self.arguments.model.model_revision
+            return get_peft_model(model, self.arguments.plan.peft_config(), revision=revision)
         own = start in FOLDERS.values()
         return PeftModel.from_pretrained(model, self.output_dir / start if own else start, is_trainable=True)
 

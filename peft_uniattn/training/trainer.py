@@ -20,6 +20,7 @@ from .arguments import Arguments
 from .checkpoints import WholeCheckpoints, is_last, whole_checkpoints
 from .distillation import DistillationTrainer
 from .distributed import on_main_process
+from .divergence import StopsAtDivergence
 from .loading import load_model
 from .progress import StageProgress
 
@@ -55,7 +56,7 @@ def train(
         the trainer, with the trained model and its log.
 
     Raises:
-        ValueError: if the arguments ask for evaluation, but there is nothing to evaluate on.
+        ValueError: if the arguments ask for evaluation, but there is nothing to evaluate on; if training diverges.
     """
     training = stage_arguments(arguments, stage)
     evaluates = training.eval_strategy != "no"
@@ -78,7 +79,7 @@ def train(
             train_dataset=train_dataset,
             eval_dataset=eval_dataset if evaluates else None,
             processing_class=tokenizer,
-            callbacks=[WholeCheckpoints(), *([early_stop] if early_stop else [])],
+            callbacks=[StopsAtDivergence(), WholeCheckpoints(), *([early_stop] if early_stop else [])],
         )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(StageProgress(stage))

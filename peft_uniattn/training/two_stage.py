@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..compensation import NONE
+from ..disk import write_failure
 from .arguments import STAGES, Arguments
 from .distributed import is_main_process, on_main_process
 from .journal import Journal
@@ -62,8 +64,9 @@ class TwoStageRun:
         Do what has not been done yet, and return the receipt.
 
         Raises:
-            ValueError: if `output_dir` holds a run with other settings or other data, or the plan does not fit the
-                model.
+            ValueError: if `output_dir` holds a run with other settings or other data, the plan does not fit the
+                model, or training diverges.
+            OSError: if `output_dir` cannot be written, or is full.
         """
         settings = {"data": self.data_name, **self.arguments.settings()}
         journal = on_main_process(lambda: Journal(self.output_dir, settings))
@@ -113,7 +116,8 @@ class TwoStageRun:
     def _do(self, journal: Journal, name: str, action: Callable[[], dict[str, Any]]) -> None:
         if name not in journal.results:
             started = time.perf_counter()
-            result = action()
+            with self._explained():
+                result = action()
             # The clocks of processes differ, and all of them are to know the same.
             seconds = on_main_process(lambda: time.perf_counter() - started)
             journal.record(name, {**result, "seconds": seconds}, write=is_main_process())
@@ -121,6 +125,20 @@ class TwoStageRun:
             result = journal.results[name]
             loss = f"held-out loss {result['loss']:.4f}, " if result.get("loss") is not None else ""
             tqdm.write(f"{name}: {loss}{result['seconds']:.0f} s")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what a failure to write means for this run."""
+        try:
+            yield
+        except Exception as error:
+            if (failure := write_failure(error)) is None:
+                raise
+            raise OSError(
+                failure.errno,
+                f"output_dir={str(self.output_dir)!r}: {failure.strerror} ({error}). Make room, and give the same "
+                "command again: it continues after the last checkpoint",
+            ) from error
 
     def _finish(self, journal: Journal, receipt: Receipt) -> None:
         if not self.arguments.recipe.keep_checkpoints:

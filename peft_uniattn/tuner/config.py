@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import transformers
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..cards import tell_how_to_load
 from ..plan import Plan, check_superblock_size, check_superblocks, make_plan, shortened
+from ..version import __version__, check_release
 
 
 @dataclass
@@ -28,6 +30,10 @@ class AttentionConfig(PeftConfig):
             Token embeddings to train and save with the adapter.
         base_layout (`dict`, *optional*):
             Filled in on injection: shape of the base model, so that loading onto another one is refused.
+        base_commit (`str`, *optional*):
+            Filled in on injection: the commit of the base model's repository, if it came from the Hub.
+        uniattn_version, transformers_version (`str`, *optional*):
+            Filled in: the releases in use. A file of a later release than the installed one is refused.
     """
 
     target_modules: list[str] | str | None = field(
@@ -46,15 +52,27 @@ class AttentionConfig(PeftConfig):
         default=None,
         metadata={"help": "Filled in on injection: the base model's shape, so that another base is refused."},
     )
+    base_commit: str | None = field(
+        default=None,
+        metadata={"help": "Filled in on injection: the commit of the base model's repository, if it is in the Hub."},
+    )
+    uniattn_version: str | None = field(
+        default=None, metadata={"help": "The release that wrote this; a later one than the installed is refused."}
+    )
+    transformers_version: str | None = field(default=None, metadata={"help": "The release of transformers in use."})
 
     def __post_init__(self):
         super().__post_init__()
+        check_release(self.uniattn_version)
+        self.uniattn_version, self.transformers_version = __version__, transformers.__version__
         _check_names("modules_to_save", self.modules_to_save)
         if not isinstance(self.target_modules, str):
             _check_names("target_modules", self.target_modules)
         _check_token_indices(self.trainable_token_indices)
         if not isinstance(self.base_layout, dict | None):
             raise ValueError(f"base_layout={self.base_layout!r} must be None, or what injection filled in")
+        if not isinstance(self.base_commit, str | None):
+            raise ValueError(f"base_commit={self.base_commit!r} must be None, or what injection filled in")
 
     @classmethod
     def from_pretrained(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import CONFIG_NAME as TRANSFORMERS_CONFIG_NAME
 
 from ..attention import refuse_continuous_batching
 from ..families import Decoder, check_back_end, find_decoder, find_family
@@ -63,6 +67,8 @@ class AttentionTuner(BaseTuner):
         self._check_model(decoder, plan)
         peft_config.target_modules = sorted(targets)
         peft_config.base_layout = layout
+        if peft_config.base_commit is None:
+            peft_config.base_commit = base_commit(self.model.config, peft_config.revision)
         return peft_config
 
     def _check_config(self, peft_config: AttentionConfig, config: Any) -> None:
@@ -198,6 +204,27 @@ def base_layout(config: Any) -> dict[str, int | str]:
     }
 
 
+def base_commit(config: Any, revision: str | None) -> str | None:
+    """
+    The commit of the Hub's repository that a model came from; None if it came from elsewhere.
+
+    Args:
+        config: the model's configuration.
+        revision: where in the repository, as PEFT notes it; None is its main branch.
+    """
+    # transformers noted it before 5.24; since then, the Hub's cache knows what the revision stood at.
+    if commit := getattr(config, "_commit_hash", None):
+        return commit
+    name = config.name_or_path
+    if not name or Path(name).exists():
+        return None
+    try:
+        file = try_to_load_from_cache(name, TRANSFORMERS_CONFIG_NAME, revision=revision)
+    except HFValidationError:  # a folder that is gone
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def _check_adapter_name(name: str) -> None:
     # It becomes the name of a folder when it is saved, and of a module, where PyTorch refuses it half-way.
     if not name or any(character in name for character in "./\\\0") or hasattr(nn.ModuleDict, name):
@@ -213,9 +240,10 @@ def _check_layout(peft_config: AttentionConfig, layout: dict[str, int | str]) ->
         differences = ", ".join(
             f"{name}={shortened(repr(saved.get(name)))} instead of {layout[name]!r}" for name in differing
         )
+        commit = f" at commit {peft_config.base_commit}" if peft_config.base_commit else ""
         raise ValueError(
             f"this adapter was made for another base model ({differences}); load the base it names: "
-            f"{peft_config.base_model_name_or_path!r}"
+            f"{peft_config.base_model_name_or_path!r}{commit}"
         )
 
 

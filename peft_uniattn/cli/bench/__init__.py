@@ -6,9 +6,10 @@ import typer
 
 from .decode import decode
 from .memory import memory
+from .serve import serve
 from .train import train
 from .ttft import ttft
 
 app = typer.Typer(no_args_is_help=True, help="Measure cost on this machine; the last line printed is JSON.")
-for command in (ttft, decode, memory, train):
+for command in (ttft, decode, memory, train, serve):
     app.command()(command)
