@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test slow serving lint clean
 
-quickstart: $(VENV)/installed
+quickstart: $(VENV)/cli
 	$(BIN)/peft-uniattn quickstart
 
 test: $(VENV)/installed
@@ -32,11 +32,25 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Warnings are errors, and so are broken links; nothing is fetched.
+.PHONY: docs
+docs: $(VENV)/docs
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "built: build/site/index.html"
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 # torch first and by itself, so that the other packages take the build that is there.
-$(VENV)/installed: pyproject.toml
+$(VENV)/cli: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[cli]"
+	touch $@
+
+$(VENV)/installed: $(VENV)/cli
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 

@@ -227,5 +227,6 @@ def kv_bytes_per_token(config, followers: int, dtype: torch.dtype) -> int:
         dtype: data type of the cache.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_half = config.num_key_value_heads * head_dim * dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_half = heads * head_dim * dtype.itemsize
     return (2 * config.num_hidden_layers - followers) * per_half

@@ -1,7 +1,12 @@
 """The command line as a user meets it: help, errors without tracebacks, exit codes."""
 
+import shlex
+import sys
+from importlib.metadata import version
+
 import pytest
 import recipe_runs
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
@@ -10,10 +15,39 @@ from peft_uniattn.training.arguments import parse_arguments
 runner = CliRunner()
 
 
-def test_help_shows_an_example():
-    result = runner.invoke(app, ["quickstart", "--help"])
+def commands(command, path=()):
+    """Every command by its path, groups left out."""
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, (*path, name))
+    if not hasattr(command, "commands"):
+        yield pytest.param(path, command, id=" ".join(path))
+
+
+def examples(path, text):
+    """The arguments of the examples in a help text."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1 + len(path) :] for line in lines if line.strip().startswith("peft-uniattn ")]
+
+
+@pytest.mark.parametrize(("path", "command"), commands(get_command(app)))
+def test_help_shows_an_example(path, command):
+    result = runner.invoke(app, [*path, "--help"])
     assert result.exit_code == 0
-    assert "peft-uniattn quickstart --superblock-size" in " ".join(result.output.split())
+    shown = " ".join(result.output.split())
+    assert "Example" in shown
+    assert f"peft-uniattn {' '.join(path)} " in shown
+
+
+@pytest.mark.parametrize(("path", "command"), commands(get_command(app)))
+def test_examples_have_no_unknown_options(path, command):
+    found = examples(path, command.help)
+    assert found
+    for arguments in found:
+        command.make_context(" ".join(path), arguments)
+
+
+def test_version_is_that_of_the_package():
+    assert runner.invoke(app, ["--version"]).output.strip() == version("peft-uniattn")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +113,15 @@ def test_train_post_trains_a_model_and_shows_the_receipt(tmp_path):
     assert result.exit_code == 0, result.output
     assert "held-out loss, calibrated" in result.output
     assert (tmp_path / "out" / "calibrated" / "adapter_model.safetensors").exists()
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "peft_uniattn.forecast.plot", raising=False)
+    monkeypatch.delitem(sys.modules, "peft_uniattn.analysis.plots", raising=False)
+    result = runner.invoke(app, ["plan", "tiny", "--plot", str(tmp_path / "plan.svg")])
+    assert result.exit_code == 1
+    assert "this needs matplotlib, which is not installed; pip install 'peft-uniattn[analysis]'" in result.stderr
 
 
 def test_bad_input_leaves_no_output_directory(tmp_path):

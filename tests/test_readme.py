@@ -1,6 +1,7 @@
 """The README's figures are those of the raw results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,37 @@ def test_sizes_are_those_of_the_raw_result(name):
 
 def test_the_wall_time_is_that_of_the_raw_result():
     assert f"{RESULT['receipt']['seconds'] / 60:.1f} minutes" in README
+
+
+def raw(name):
+    return json.loads((ROOT / "docs" / "results" / name).read_text())
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) < 200
+
+
+@pytest.mark.parametrize("row", raw("decode_h100.json")["shapes"], ids=lambda row: str(row["batch_size"]))
+def test_ratios_of_a_decoded_token_are_those_of_the_raw_result(row):
+    best = min(value for name, value in row["ratios"].items() if name.endswith("kernels"))
+    bound = row["bound_ms"]["unified"] / row["bound_ms"]["base"]
+    shape = rf"{row['batch_size']} × {row['length']:,} cached tokens"
+    assert re.search(rf"{shape}; bound by bytes {bound:.3f} \| {best:.3f} \|", README)
+
+
+def test_the_ratio_of_the_first_token_is_that_of_the_raw_result():
+    (row,) = raw("ttft_8k_h100.json")["lengths"]
+    assert re.search(rf"first token of 8,192.*\| {row['ratios']['unified sdpa cudnn']:.3f} \|", README)
+
+
+def test_ratios_of_training_are_those_of_the_raw_result():
+    rows = raw("bench_train_llama-3.2-1b_h100.json")["contenders"]
+    pairs = (("stage 1", "LoRA on all linear layers"), ("stage 2", "full fine-tuning"))
+    ratios = [rows[one]["step_seconds"] / rows[other]["step_seconds"] for one, other in pairs]
+    assert f"| {ratios[0]:.2f}, {ratios[1]:.2f} |" in README
+
+
+def test_bytes_of_the_cache_are_those_of_the_raw_result():
+    rows = raw("memory_h100.json")["contenders"]
+    before, after = (rows[name]["cache_bytes_per_token"] for name in ("base", "unified"))
+    assert f"{before:,.0f} → {after:,.0f} bytes a token" in README

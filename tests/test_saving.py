@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import conftest
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft_uniattn import UniAttnConfig, UniAttnLayer
+from peft_uniattn.inspection import find_adapter
 
 CONFIGS = {
     "full": {},
@@ -46,6 +48,30 @@ def loaded(folder, **arguments):
 def test_saving_writes_an_adapter_and_a_model_card(tmp_path):
     adapter().save_pretrained(tmp_path)
     assert set(os.listdir(tmp_path)) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_the_readme_of_peft_tells_the_import_that_loading_needs(name, tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    model = adapter(tiny_model().from_pretrained(tmp_path / "base"))
+    if name != "default":
+        model.add_adapter(name, UniAttnConfig(superblock_size=3, start_layer=0, init_weights=False))
+    model.save_pretrained(tmp_path / "saved", selected_adapters=[name])
+    code = re.search(r"How to Get Started.*?```python\n(.*?)```", (tmp_path / "saved" / "README.md").read_text(), re.S)
+    assert code[1].startswith("import peft_uniattn")
+    folder = tmp_path / "saved" / ("" if name == "default" else name)
+    loaded_by_it = {}
+    exec(code[1].replace("path/or/name/of/this/adapter", str(folder)), loaded_by_it)
+    assert find_adapter(loaded_by_it["model"]).plan.followers == [1, 2, 4, 5]
+
+
+def test_a_readme_of_ones_own_stays(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags: [mine]\n---\n\n# Mine\n\nload it as you like\n")
+    adapter().save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "load it as you like" in text
+    assert "import peft_uniattn" not in text
 
 
 @pytest.mark.parametrize("name", ["default", "other"])

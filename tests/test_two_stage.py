@@ -90,6 +90,13 @@ def test_model_cards_carry_the_receipt_and_the_import(finished, artefact):
 
 
 @pytest.mark.parametrize("artefact", ["adapter", "model"])
+def test_model_cards_tell_who_follows_whom(finished, artefact):
+    card = (finished[0] / artefact / "README.md").read_text()
+    assert "| 0 | 1, 2 |\n| 3 | 4, 5 |" in card
+    assert "of 6. W_c of every follower is a full matrix" in card
+
+
+@pytest.mark.parametrize("artefact", ["adapter", "model"])
 def test_model_cards_tell_plan_data_hyperparameters_calibration_and_training_losses(finished, artefact):
     directory, _ = finished
     details = json.loads((directory / artefact / "README.md").read_text().split("```json\n")[1].split("```")[0])

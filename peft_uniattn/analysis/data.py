@@ -106,7 +106,7 @@ def _read_text(dataset: str) -> Dataset | None:
     path = Path(dataset).expanduser()
     if path.name.removesuffix(".gz").endswith(TEXT_ENDINGS):
         if not path.is_file():
-            raise FileNotFoundError(f"dataset={dataset!r}: there is no such file")
+            raise FileNotFoundError(f"dataset={dataset!r}: there is no such file; check its path")
         return load_dataset("text", data_files=str(path), sample_by="document", split="train")
     parts = read(dataset)
     rows = parts["train"] if "train" in parts else next(iter(parts.values()))

@@ -54,7 +54,10 @@ class Record:
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ValueError(f"{path} is no result of an analysis; give a file that --output wrote") from error
         if record.analysis not in ANALYSES:
-            raise ValueError(f"{path} is the result of {record.analysis!r}, not of one of {', '.join(ANALYSES)}")
+            raise ValueError(
+                f"{path} is the result of {record.analysis!r}, not of one of {', '.join(ANALYSES)}; give a file that "
+                "peft-uniattn analyze wrote"
+            )
         return record
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,12 @@ class Work:
     Attributes:
         flops: floating-point operations of matrix products.
         bytes: weights and cached states, each moved once.
+        state_bytes: the cached states alone.
     """
 
     flops: int
     bytes: int
+    state_bytes: int
 
     def bound_ms(self, flops_per_s: float, bytes_per_s: float) -> float:
         """The least time in milliseconds at these rates."""
@@ -33,23 +36,70 @@ def work(model: PreTrainedModel, batch: int, queries: int, keys: int) -> Work:
     """
     Of a forward of `queries` new tokens a sequence whose last one sees `keys` positions, logits for one of them.
 
-    A follower recomputes s in prefill (2 products of length² a head) and reads it in decode (1).
+    A follower recomputes s in prefill (2 products of length² a head) and reads it in decode (1). Layers with a window
+    see and keep no more than it. Of a mixture's experts each token needs its few, and a batch no more than all.
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     embedding = model.get_input_embeddings().weight
-    weights = [p for p in model.parameters() if p.dim() == 2 and p is not embedding]
     head = model.get_output_embeddings().weight
-    linear = sum(p.numel() for p in weights if p is not head)
-    followers, layers = followers_of(model), config.num_hidden_layers
-    # The mean number of keys that one of the queries sees.
-    seen = keys - (queries - 1) / 2
-    product = 2 * batch * queries * seen * config.num_attention_heads * head_dim
-    products = 2 * layers - (followers if queries == 1 else 0)
-    flops = 2 * batch * (queries * linear + head.numel()) + products * product
+    rest = [p for p in model.parameters() if p is not embedding and p is not head]
+    linear = sum(p.numel() for p in rest if p.dim() == 2)
+    experts = sum(p.numel() for p in rest if p.dim() == 3)
+    active = _active_experts(config, rest)
+
+    roles = _roles(model)
+    products = states = 0
+    for layer, leader in enumerate(roles):
+        follows = leader != layer
+        window = _window(config, leader)
+        seen = _mean_seen(keys, queries, window)
+        products += (1 if follows and queries == 1 else 2) * seen
+        states += (1 if follows else 2) * min(keys, window or keys)
+    flops = 2 * batch * (queries * (linear + active * experts) + head.numel())
+    flops += 2 * batch * queries * config.num_attention_heads * head_dim * products
     size = embedding.dtype.itemsize
-    states = (2 * layers - followers) * config.num_key_value_heads * head_dim * keys * batch
-    return Work(int(flops), size * int(linear + head.numel() + states))
+    key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    state_bytes = size * states * key_value_heads * head_dim * batch
+    moved = linear + head.numel() + min(1, active * batch * queries) * experts
+    return Work(int(flops), size * int(moved) + state_bytes, state_bytes)
+
+
+def _roles(model: PreTrainedModel) -> list[int]:
+    """The leader of every layer; its own index if it follows none."""
+    roles = list(range(model.config.num_hidden_layers))
+    for block in getattr(model.config, "superblocks", None) or ():
+        for layer in block:
+            roles[layer] = block[0]
+    return roles
+
+
+def _window(config: PretrainedConfig, layer: int) -> int | None:
+    """How many positions a layer sees and keeps; None for all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return getattr(config, "sliding_window", None)
+    if kinds[layer] == "chunked_attention":
+        return config.attention_chunk_size
+    return config.sliding_window if kinds[layer] == "sliding_attention" else None
+
+
+@cache
+def _mean_seen(keys: int, queries: int, window: int | None) -> float:
+    """The mean number of keys that one of the queries sees; the last one sees `keys`, or its window."""
+    first = keys - queries + 1
+    if window is None:
+        return (first + keys) / 2
+    return sum(min(seen, window) for seen in range(first, keys + 1)) / queries
+
+
+def _active_experts(config: PretrainedConfig, parameters: list[torch.Tensor]) -> float:
+    """Share of a mixture's experts that one token needs; they are stacked in parameters of three dimensions."""
+    stacked = next((p for p in parameters if p.dim() == 3), None)
+    if stacked is None:
+        return 0.0
+    chosen = getattr(config, "num_experts_per_tok", None) or config.moe_topk
+    return (max(chosen) if isinstance(chosen, list) else chosen) / stacked.shape[0]
 
 
 @torch.no_grad()

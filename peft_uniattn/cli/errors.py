@@ -8,17 +8,31 @@ from contextlib import contextmanager
 
 import typer
 
+# Top-level packages that are not always there, and the extra that brings them.
+_EXTRAS = {"matplotlib": "analysis", "lm_eval": "eval", "bitsandbytes": "quantized", "trl": "train"}
+
 
 @contextmanager
 def reported(continue_with: str | None = None) -> Iterator[None]:
     """
-    Print what the user can mend in one sentence and exit with 1; say how to go on after Ctrl-C and exit with 130.
+    Print what the user can mend in one sentence, a missing package too, and exit with 1; say how to go on after Ctrl-C
+    and exit with 130.
 
     Args:
         continue_with: the command that continues an interrupted run; None if it cannot be continued.
     """
     try:
         yield
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        typer.secho(
+            f"error: this needs {error.name}, which is not installed; pip install 'peft-uniattn[{extra}]'",
+            fg=typer.colors.RED,
+            err=True,
+        )
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)

@@ -110,7 +110,9 @@ class PlanArguments:
                 "layers by dropped_layers"
             )
         if self.rank is not None and self.method != "uniattn":
-            raise ValueError(f"rank={self.rank} is of UniAttn's compensation, and method={self.method!r} has none")
+            raise ValueError(
+                f"rank={self.rank} is of UniAttn's compensation, and method={self.method!r} has none; leave rank out"
+            )
         self.peft_config()
 
     def peft_config(self) -> PeftConfig:

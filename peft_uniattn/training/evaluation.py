@@ -90,4 +90,6 @@ def find_evaluation(name: str) -> Evaluation:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"evaluation={name!r} cannot be imported: {error}") from error
+        raise ValueError(
+            f"evaluation={name!r} cannot be imported ({error}); put its file into this folder or into PYTHONPATH"
+        ) from error

@@ -96,7 +96,9 @@ class Steps:
             model = self._placed(self._adapted(self._load_base()[0], start))
             loss_before = measure.loss(model, "no compensation")
             examples = Dataset.from_list(list(data.train.take(recipe.calibration_examples)))
-            loader = batches(examples, training.per_device_eval_batch_size, tokenizer.pad_token_id, model.device)
+            # A list has a length, by which the progress bar knows the time left.
+            size, pad = training.per_device_eval_batch_size, tokenizer.pad_token_id
+            loader = list(batches(examples, size, pad, model.device))
             spill = self._emptied("calibration.tmp")
             report = calibrate(
                 model, loader, recipe.calibration_method, ridge=recipe.calibration_ridge, spill_directory=spill

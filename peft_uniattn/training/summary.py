@@ -8,7 +8,7 @@ from typing import Any
 
 from .arguments import STAGES, Arguments
 from .journal import write_atomically
-from .model_card import adapter_card, standalone_card
+from .model_card import adapter_card, find_base, standalone_card
 from .receipt import Receipt, environment
 
 # Settings that every reader of a card asks for, whether they are the defaults or not.
@@ -103,9 +103,10 @@ def write_summary(output_dir: Path, receipt: Receipt, arguments: Arguments, resu
             step: _thinned(results[step]["log"]) for step in ("stage 1", "stage 2") if step in results
         },
     }
+    base = find_base(arguments.model.model_name_or_path or receipt.base_model)
     for folder, card in (("calibrated", adapter_card), ("adapter", adapter_card), ("model", standalone_card)):
         if (output_dir / folder).is_dir():
-            write_atomically(output_dir / folder / "README.md", str(card(receipt, details)))
+            write_atomically(output_dir / folder / "README.md", str(card(receipt, details, base)))
     write_atomically(output_dir / "receipt.json", json.dumps(receipt.to_dict(), indent=2) + "\n")
 
 

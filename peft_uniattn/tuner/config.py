@@ -11,6 +11,7 @@ import transformers
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from ..cards import tell_how_to_load
 from ..plan import Plan, check_superblock_size, check_superblocks, make_plan, shortened
 from ..version import __version__, check_release
 
@@ -86,6 +87,11 @@ class AttentionConfig(PeftConfig):
         if folder.is_dir():
             config._read = folder, config._essence()
         return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the configuration, and into a README that PEFT has just made how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        tell_how_to_load(Path(save_directory), self.peft_type.value)
 
     def weights_folder(self) -> Path | None:
         """The folder of the adapter that this is the unchanged configuration of; None if there is none."""

@@ -124,7 +124,7 @@ def load_model(request: Request) -> tuple[PreTrainedModel, Any, str]:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} is not available here: {error}") from error
+        raise ValueError(f"device={device!r} is not available here ({error}); leave it out, or use cpu") from error
     if request.attn is not None:
         model.set_attn_implementation(request.attn)
     local = request.model is not None and Path(request.model).expanduser().exists()

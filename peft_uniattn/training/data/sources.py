@@ -42,7 +42,7 @@ def read(name: str, *, config: str | None = None, streaming: bool = False) -> Da
             raise ValueError(f"dataset_name={name!r} is none of these kinds of file: {', '.join(FILE_KINDS)}")
         return _read_file(path, kind, streaming)
     if kind is not None:
-        raise FileNotFoundError(f"dataset_name={name!r}: there is no such file")
+        raise FileNotFoundError(f"dataset_name={name!r}: there is no such file; check its path")
     try:
         return load_dataset(name, config, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:

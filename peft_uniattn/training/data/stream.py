@@ -65,7 +65,8 @@ def load_stream(
 
     if arguments.dataset_train_split not in splits:
         raise ValueError(
-            f"dataset_train_split={arguments.dataset_train_split!r} is not in {name}, which has {', '.join(splits)}"
+            f"dataset_train_split={arguments.dataset_train_split!r} is not in {name}, which has {', '.join(splits)}; "
+            "choose one of them"
         )
     train, held_out = examples(arguments.dataset_train_split), int(arguments.test_size)
     test = None
