@@ -57,3 +57,20 @@ def test_bytes_of_the_cache_are_those_of_the_raw_result():
     rows = raw("memory_h100.json")["contenders"]
     before, after = (rows[name]["cache_bytes_per_token"] for name in ("base", "unified"))
     assert f"{before:,.0f} → {after:,.0f} bytes a token" in README
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("post-train", "plain post-training"),
+        ("llmdrop-half", "LLMDrop, 6 of 30 layers without attention"),
+        ("u-auto12-iah", r"\*\*UniAttn, 12 of 30 layers follow\*\* \(measured plan, W_o fitted as well\)"),
+        ("u-fix12-wc-s1", r"UniAttn, 12 follow \(fixed Superblocks of 4, default W_c, short stage 1\)"),
+        ("llmdrop-full", "LLMDrop, 12 of 30 layers without attention"),
+    ],
+)
+def test_accuracies_after_training_are_those_of_the_raw_result(row, words):
+    (found,) = (item for item in raw("reproduce_smollm2_levers.json")["rows"] if item["cell"] == row)
+    mean = sum(found["accuracy"].values()) / len(found["accuracy"])
+    loss = found["losses"].get("after stage 2", found["losses"].get("plain fine-tuned base"))
+    assert re.search(rf"\| {words} \| {found['kv_bytes']:,} \| {mean:.1f} \| {loss:.3f} \|", README)
