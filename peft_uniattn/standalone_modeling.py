@@ -307,6 +307,12 @@ def standalone_class(
     return _standalone_class(model_class, config_class or model_class.config_class)
 
 
+def standalone_class_of(model_type: str) -> type[PreTrainedModel]:
+    """The standalone version of the causal language model of an architecture, by its transformers name."""
+    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return standalone_class(model_class, CONFIG_MAPPING[model_type])
+
+
 def __getattr__(name: str) -> type:
     """Make `UniAttn<Class>` when it is first asked for, by auto classes, pickle or the user."""
     parts = name.removeprefix(PREFIX).split(WITH) if name.startswith(PREFIX) else []
@@ -323,7 +329,6 @@ def __getattr__(name: str) -> type:
 def register_auto_classes() -> None:
     """Teach `AutoConfig` and `AutoModelForCausalLM` the standalone model types."""
     for model_type in FAMILIES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
-        model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-        standalone = standalone_class(model_class, CONFIG_MAPPING[model_type])
+        standalone = standalone_class_of(model_type)
         AutoConfig.register(standalone.config_class.model_type, standalone.config_class, exist_ok=True)
         AutoModelForCausalLM.register(standalone.config_class, standalone, exist_ok=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..bench.shapes import SHAPES, shape_config
 from ..families import find_family
 from ..plan import Plan
-from ..standalone_modeling import standalone_class, standalone_config_class
+from ..standalone_modeling import standalone_class_of
 
 
 def read_config(model: str) -> PretrainedConfig:
@@ -58,7 +56,7 @@ def unified_on_meta(
         dtype=dtype,
     )
     fields.pop("quantization_config", None)
-    base_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    unified_class = standalone_class_of(config.model_type)
     with torch.device("meta"):
-        model = standalone_class(base_class)(standalone_config_class(type(config)).from_dict(fields))
+        model = unified_class(unified_class.config_class.from_dict(fields))
     return model.to(dtype)

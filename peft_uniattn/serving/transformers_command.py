@@ -9,7 +9,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..families import FAMILIES
-from ..standalone_modeling import standalone_class
+from ..standalone_modeling import standalone_class_of
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     from transformers.cli.transformers import main as transformers_main
 
     for model_type in FAMILIES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
-        model_class = standalone_class(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]))
+        model_class = standalone_class_of(model_type)
         setattr(transformers, model_class.__name__, model_class)
     transformers_main()
 
