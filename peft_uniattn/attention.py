@@ -133,7 +133,15 @@ def _fused(
         return None
     configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
     causal = config._attn_implementation == "sdpa" and kwargs.get("is_causal") is not False
-    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), causal=causal, configured=configured)
+    followers = handover.followers or _followers(config, module.layer_idx)
+    options = {"scaling": kwargs.get("scaling"), "causal": causal, "configured": configured, "followers": followers}
+    return lead(query, key, value, mask, **options)
+
+
+def _followers(config: Any, leader_idx: int) -> int:
+    """How many followers the configuration of a standalone model gives to a leader; 1 where it says nothing."""
+    blocks = getattr(config, "superblocks", None) or ()
+    return next((len(block) - 1 for block in blocks if block[0] == leader_idx), 1)
 
 
 def _is_plain(key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:

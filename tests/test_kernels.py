@@ -83,6 +83,87 @@ def test_off_means_pytorch(kernel_mode):
     assert kernels.decode_kernels(*inputs()) is None
 
 
+# What one layer of a prompt takes on an H100, in ms, as docs/results/LOG.md has it: fused attention, a leader that
+# weighs its tiles and selects among them, a follower that recomputes all of them, and 40 %.
+MEASURED = {8192: (0.90, 1.35 + 0.02, 1.09, 0.52), 32768: (14.7, 20.9 + 0.05, 16.8, 6.8)}
+
+
+def saved(length, followers, share):
+    """ms that a Superblock saves by skipping where `share` of the tiles are kept."""
+    fused, leader, whole, part = MEASURED[length]
+    follower = part + (share - 0.4) / 0.6 * (whole - part)
+    return followers * (fused - follower) - (leader - fused)
+
+
+def skips(length, followers, mode="auto"):
+    states = torch.empty(1, 1, length, 128, device="meta")
+    return kernels.prefill_kernels(states, states, states, 0.01, mode, followers) is not None
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+    prefill = pytest.importorskip("peft_uniattn.kernels.prefill")
+    monkeypatch.setattr(prefill, "supports", lambda *states: True)
+
+
+@pytest.mark.parametrize(
+    "length, followers, worth",
+    [
+        *[(512, 31, False), (8191, 31, False), (8192, 2, False), (8192, 3, True), (8192, 12, True)],
+        *[(16383, 2, False), (16384, 1, False), (16384, 2, True), (32768, 1, False), (32768, 3, True)],
+        *[(65535, 1, False), (65536, 1, True), (131072, 1, True)],
+    ],
+)
+def test_prompts_are_weighed_where_the_followers_make_up_for_it(length, followers, worth, any_device):
+    assert skips(length, followers) == worth
+    assert skips(length, followers, "triton")
+    assert not skips(length, followers, "off")
+
+
+# The mean share at 8k of real text, 1 % left out, and its continuation to 32k with some reserve.
+@pytest.mark.parametrize("length, share", [(8192, 0.60), (32768, 0.50)])
+@pytest.mark.parametrize("followers", range(1, 13))
+def test_skipping_is_never_slower_by_the_measured_times(length, share, followers, any_device):
+    if skips(length, followers):
+        assert saved(length, followers, share) > 0
+
+
+def test_two_followers_at_8k_would_lose_and_three_win():
+    assert saved(8192, 2, 0.60) < 0 < saved(8192, 3, 0.60)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Numbers of followers that leaders ask kernels for, in order; no kernel runs."""
+    seen = []
+    monkeypatch.setattr("peft_uniattn.attention.lead", lambda *states, followers, **rest: seen.append(followers))
+    return seen
+
+
+@torch.no_grad()
+def asked(model, told):
+    told.clear()  # a model is tried out while it is built
+    model(prompt())
+    return list(told)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model, to_standalone], ids=["adapter", "standalone"])
+def test_a_leader_knows_how_many_followers_it_has(convert, told):
+    model = convert(tiny_adapter(tiny_model(num_hidden_layers=8), superblocks=[[1, 2], [4, 5, 6, 7]]))
+    assert asked(model, told) == [1, 3]
+
+
+def test_followers_are_counted_by_the_plan_of_the_active_adapter(told):
+    model = tiny_adapter(tiny_model(num_hidden_layers=8), superblocks=[[1, 2]])
+    model.add_adapter("other", UniAttnConfig(superblocks=[[1, 2, 3]]))
+    assert asked(model, told) == [1]
+    model.set_adapter("other")
+    assert asked(model, told) == [2]
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert asked(model, told) == [1]
+
+
 def test_unknown_mode_names_the_choices():
     with pytest.raises(ValueError, match="UNIATTN_KERNELS='fast' is unknown; use one of auto, off, triton"):
         kernels.use("fast")
