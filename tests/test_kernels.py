@@ -86,6 +86,8 @@ def test_off_means_pytorch(kernel_mode):
 # What one layer of a prompt takes on an H100, in ms, as docs/results/LOG.md has it: fused attention, a leader that
 # weighs its tiles and selects among them, a follower that recomputes all of them, and 40 %.
 MEASURED = {8192: (0.90, 1.35 + 0.02, 1.09, 0.52), 32768: (14.7, 20.9 + 0.05, 16.8, 6.8)}
+# Half-way between the two, as everything grows by a power of the length.
+MEASURED[16384] = tuple((short * long) ** 0.5 for short, long in zip(*MEASURED.values(), strict=True))
 
 
 def saved(length, followers, share):
@@ -109,9 +111,9 @@ def any_device(monkeypatch):
 @pytest.mark.parametrize(
     "length, followers, worth",
     [
-        *[(512, 31, False), (8191, 31, False), (8192, 2, False), (8192, 3, True), (8192, 12, True)],
-        *[(16383, 2, False), (16384, 1, False), (16384, 2, True), (32768, 1, False), (32768, 3, True)],
-        *[(65535, 1, False), (65536, 1, True), (131072, 1, True)],
+        *[(512, 31, False), (8192, 3, False), (8192, 31, False), (16383, 31, False)],
+        *[(16384, 4, False), (16384, 5, True), (16384, 12, True), (32767, 3, False)],
+        *[(32768, 2, False), (32768, 3, True), (65535, 2, False), (65536, 2, True), (131072, 1, False)],
     ],
 )
 def test_prompts_are_weighed_where_the_followers_make_up_for_it(length, followers, worth, any_device):
@@ -120,16 +122,18 @@ def test_prompts_are_weighed_where_the_followers_make_up_for_it(length, follower
     assert not skips(length, followers, "off")
 
 
-# The mean share at 8k of real text, 1 % left out, and its continuation to 32k with some reserve.
-@pytest.mark.parametrize("length, share", [(8192, 0.60), (32768, 0.50)])
-@pytest.mark.parametrize("followers", range(1, 13))
-def test_skipping_is_never_slower_by_the_measured_times(length, share, followers, any_device):
-    if skips(length, followers):
-        assert saved(length, followers, share) > 0
+# Kept for 1 % of the mass by Qwen2.5-Coder-0.5B, mean of its leaders on a novel (kept_tiles_qwen_cpu.json).
+@pytest.mark.parametrize("length, share", [(8192, 0.812), (16384, 0.745), (32768, 0.68)])
+def test_skipping_is_never_slower_by_the_measured_times(length, share, any_device):
+    assert all(saved(length, followers, share) > 0 for followers in range(1, 32) if skips(length, followers))
 
 
-def test_two_followers_at_8k_would_lose_and_three_win():
-    assert saved(8192, 2, 0.60) < 0 < saved(8192, 3, 0.60)
+def test_no_number_of_followers_makes_up_for_weighing_8k_tokens():
+    assert max(saved(8192, followers, 0.812) for followers in range(1, 32)) < 0
+
+
+def test_four_followers_at_16k_would_lose_and_five_win():
+    assert saved(16384, 4, 0.745) < 0 < saved(16384, 5, 0.745)
 
 
 @pytest.fixture
