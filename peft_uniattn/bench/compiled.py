@@ -2,8 +2,8 @@
 Decoder layers as torch.compile makes them, compiled once for each kind of layer rather than once for each layer.
 
 Compiling a whole model takes longer with every layer, and every contender is a model of its own. Layers of one kind
-differ by nothing but their weights, their part of the cache and their index, so one graph serves them all: plain layers,
-leaders and followers make four. What two layers could have fused is lost, one addition a layer.
+differ by nothing but their weights, their part of the cache and their index, so one graph serves them all: plain
+layers, leaders and followers make four. What two layers could have fused is lost, one addition a layer.
 """
 
 from __future__ import annotations
