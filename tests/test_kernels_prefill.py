@@ -272,6 +272,18 @@ def test_a_chunk_is_recognised_by_its_mask():
     assert dispatched((query, key, value), mask, mode="auto") is None
 
 
+def test_of_itself_a_chunk_is_led_where_it_sees_enough(monkeypatch):
+    monkeypatch.setattr(kernels, "_WORTH_SKIPPING", 128)
+    monkeypatch.setattr(kernels, "_WORTH_WEIGHING", 30)
+    query, key, value, _ = chunk(inputs(1, 1, 1), 30)
+    states = query, key, value
+    assert dispatched(states, causal_mask(30, 150, 120, batch=1), mode="auto") is not None
+    assert dispatched(states, causal_mask(30, 150, 97, batch=1), mode="auto") is None  # 127 positions are filled
+    assert dispatched((query[:, :, :29], key, value), causal_mask(29, 150, 121, batch=1), mode="auto") is None
+    monkeypatch.setattr(kernels, "_TIMED_HEAD_DIM", 8)
+    assert dispatched(states, causal_mask(30, 150, 120, batch=1), mode="auto") is None
+
+
 def chosen(query, key, value, mask=None, skip_mass=0.1, mode="triton"):
     return kernels.prefill_kernels(query, key, value, mask, skip_mass, mode)
 
