@@ -201,6 +201,20 @@ def test_what_a_mask_says_is_found_out_once_per_forward_pass():
     assert Handover().once(count, same_values) == 3
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_kernels_are_told_whether_a_prompt_without_a_mask_is_causal(is_causal, monkeypatch):
+    model, told = tiny_adapter(), []
+
+    def lead(query, *states, causal, **options):
+        told.append((query.shape[2], causal))
+
+    monkeypatch.setattr("peft_uniattn.attention.lead", lead)
+    model.base_model.model.model.layers[0].self_attn.base_layer.is_causal = is_causal
+    with torch.no_grad():
+        model(prompt())
+    assert told == [(9, is_causal), (9, True)]
+
+
 def test_specification_of_a_chunk_is_the_end_of_the_prompt():
     _, key, value = inputs()
     query = torch.randn(2, 4, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
