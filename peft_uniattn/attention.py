@@ -131,11 +131,14 @@ def _fused(
     config = original_config(module)
     if lead is None or config._attn_implementation == "eager" or kwargs.get("dropout"):
         return None
+    if query.shape[2] > 1 and config._attn_implementation != "sdpa":
+        return None
     configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
-    causal = config._attn_implementation == "sdpa" and kwargs.get("is_causal") is not False
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     followers = handover.followers or _followers(config, module.layer_idx)
-    options = {"scaling": kwargs.get("scaling"), "causal": causal, "configured": configured, "followers": followers}
-    return lead(query, key, value, mask, **options)
+    options = {"causal": causal, "configured": configured, "followers": followers, "once": handover.once}
+    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), **options)
 
 
 def _followers(config: Any, leader_idx: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,10 @@ _WORTH_LAUNCHING = 256 * 2**20
 # has to be kept of real text for 1 % of the mass depends on the model; these are for the one of two that kept more:
 # 81 % at 8k (nothing to be saved), 75 % at 16k. Longer than 32k was not measured.
 _WORTH_SKIPPING = ((16384, 5), (32768, 3), (65536, 2))
+# Fewer queries do not fill a GPU.
+_WORTH_WEIGHING = 1024
+# The tiles of larger heads have not been timed.
+_TIMED_HEAD_DIM = 128
 
 
 def use(mode: str | None) -> None:
@@ -67,16 +72,19 @@ def lead(
     causal: bool,
     configured: tuple[str | None, float] = (None, 0.0),
     followers: int = 1,
+    once: Callable[[Callable, torch.Tensor], Any] = lambda function, tensor: function(tensor),
 ) -> tuple[torch.Tensor, Any] | None:
     """
     A leader's attention without autograd by fused kernels.
 
     Args:
-        query, key, value, mask: see `naive`.
+        query, key, value: see `naive`.
+        mask: what each query sees, (1 or batch, 1, query length, key length), or None.
         scaling: default head_dim ** -0.5.
-        causal: whether, of several query positions without a mask, position i sees the keys 0 ... i.
+        causal: whether, of several queries without a mask, query i sees the keys 0 ... i, rather than all.
         configured: mode and skip_mass of the model's configuration.
         followers: how many layers share this leader's softmax.
+        once: calls a function of the mask, or returns what it gave for the same mask earlier in this forward pass.
 
     Returns:
         output (batch, query length, query heads, head_dim) and the shared softmax, whose `apply(value)` gives a
@@ -90,11 +98,14 @@ def lead(
         options = {"span": span, "scaling": scaling, "skip_mass": configured[1]}
         output, shared = decode.leader_decode(query, key, value, mask, **options)
         return output.transpose(1, 2), shared
-    if not causal or mask is not None:
+    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode, followers)) is None:
         return None
-    if (prefill := prefill_kernels(query, key, value, configured[1], mode, followers)) is not None:
-        return prefill.leader_prefill(query, key, value, scaling=scaling, skip_mass=configured[1])
-    return None
+    if mask is None and not causal:
+        return None
+    offset = 0 if mask is None else once(prefill.causal_offset, mask)
+    if offset is None or (mode == "auto" and not _saves(offset + query.shape[2], followers)):
+        return None
+    return prefill.leader_prefill(query, key, value, offset=offset, scaling=scaling, skip_mass=configured[1])
 
 
 def decode_kernels(
@@ -123,27 +134,35 @@ def prefill_kernels(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    mask: torch.Tensor | None,
     skip_mass: float,
     mode: str | None = None,
     followers: int = 1,
 ) -> ModuleType | None:
     """
-    What lets the followers of a prompt skip tiles: the module `prefill`, or None.
+    What may let the followers of a prompt, or of a chunk of one, skip tiles: the module `prefill`, or None.
 
     Without skipping there is none: a follower's recomputation by the model's own fused attention was the fastest at
     every length that was measured. Nor with so few followers at so short a length that weighing the tiles would take
     longer than they save.
 
-    Args: see `naive`, which says what is computed; `mode` defaults to this process's, `followers` are the leader's.
+    Args: see `lead`; `mode` defaults to this process's. Judged by shapes and types: of a mask, the values decide.
     """
     mode = mode or _mode or "auto"
     if mode == "off" or not skip_mass or torch.compiler.is_compiling() or not _importable(mode):
         return None
-    if mode == "auto" and not any(query.shape[2] >= length and followers >= few for length, few in _WORTH_SKIPPING):
+    if mode == "auto" and (
+        query.shape[2] < _WORTH_WEIGHING or query.shape[3] > _TIMED_HEAD_DIM or not _saves(key.shape[2], followers)
+    ):
         return None
     from . import prefill
 
-    return prefill if prefill.supports(query, key, value, None) else None
+    return prefill if prefill.supports(query, key, value, mask) else None
+
+
+def _saves(length: int, followers: int) -> bool:
+    """Whether so many followers make up for weighing the tiles of queries that see `length` keys."""
+    return any(length >= shortest and followers >= fewest for shortest, fewest in _WORTH_SKIPPING)
 
 
 @torch.compiler.assume_constant_result
