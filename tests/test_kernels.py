@@ -113,7 +113,7 @@ def any_device(monkeypatch):
     [
         *[(512, 31, False), (8192, 3, False), (8192, 31, False), (16383, 31, False)],
         *[(16384, 4, False), (16384, 5, True), (16384, 12, True), (32767, 3, False)],
-        *[(32768, 2, False), (32768, 3, True), (65535, 2, False), (65536, 2, True), (131072, 1, False)],
+        *[(32768, 2, False), (32768, 3, True), (131072, 2, False), (131072, 3, True)],
     ],
 )
 def test_prompts_are_weighed_where_the_followers_make_up_for_it(length, followers, worth, any_device):
@@ -122,8 +122,8 @@ def test_prompts_are_weighed_where_the_followers_make_up_for_it(length, follower
     assert not skips(length, followers, "off")
 
 
-# Kept for 1 % of the mass by Qwen2.5-Coder-0.5B, mean of its leaders on a novel (kept_tiles_qwen_cpu.json).
-@pytest.mark.parametrize("length, share", [(8192, 0.812), (16384, 0.745), (32768, 0.68)])
+# Kept for 1 % of the mass by Qwen2.5-Coder-0.5B, mean of its leaders on a novel (kept_tiles_qwen_*_cpu.json).
+@pytest.mark.parametrize("length, share", [(8192, 0.812), (16384, 0.745), (32768, 0.732)])
 def test_skipping_is_never_slower_by_the_measured_times(length, share, any_device):
     assert all(saved(length, followers, share) > 0 for followers in range(1, 32) if skips(length, followers))
 
@@ -132,8 +132,9 @@ def test_no_number_of_followers_makes_up_for_weighing_8k_tokens():
     assert max(saved(8192, followers, 0.812) for followers in range(1, 32)) < 0
 
 
-def test_four_followers_at_16k_would_lose_and_five_win():
-    assert saved(16384, 4, 0.745) < 0 < saved(16384, 5, 0.745)
+@pytest.mark.parametrize("length, share, followers", [(16384, 0.745, 5), (32768, 0.732, 3)])
+def test_one_follower_less_would_lose(length, share, followers):
+    assert saved(length, followers - 1, share) < 0 < saved(length, followers, share)
 
 
 @pytest.fixture
