@@ -144,3 +144,20 @@ def test_inductor_gives_the_same_logits():
     for contender in row["contenders"].values():
         assert contender["median_ms"] > 0
         assert contender["relative_error"] < 1e-4
+
+
+@pytest.mark.gpu
+def test_every_contender_is_compiled_captured_and_timed_on_a_gpu():
+    models = Models(
+        shape="tiny",
+        dtype="bfloat16",
+        device="cuda",
+        rank=4,
+        superblock_size=2,
+        start_layer=2,
+        back_ends=("sdpa flash",),
+    )
+    benchmark = DecodeBenchmark(models, ((2, 1024),), skip_mass=0.01, kept=0.5, rounds=2, compiler="inductor")
+    (row,) = benchmark.run()["shapes"]
+    names = ["base sdpa flash"] + [f"unified sdpa flash{kind}" for kind in ("", ", kernels", ", simulated kept 0.5")]
+    assert [name for name, contender in row["contenders"].items() if "median_ms" in contender] == names
