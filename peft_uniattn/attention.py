@@ -135,9 +135,20 @@ def _fused(
         return None
     configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
     causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    options = {"causal": causal, "configured": configured, "once": handover.once}
-    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), **options)
+    options = {
+        "scaling": kwargs.get("scaling"),
+        "causal": getattr(module, "is_causal", True) if causal is None else causal,
+        "configured": configured,
+        "once": handover.once,
+        "followers": handover.followers or _followers(config, module.layer_idx),
+    }
+    return lead(query, key, value, mask, **options)
+
+
+def _followers(config: Any, leader_idx: int) -> int:
+    """How many followers the configuration of a standalone model gives to a leader; 1 where it says nothing."""
+    blocks = getattr(config, "superblocks", None) or ()
+    return next((len(block) - 1 for block in blocks if block[0] == leader_idx), 1)
 
 
 def _is_plain(key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:

@@ -57,12 +57,15 @@ class Handover:
     Attributes:
         kernels: what the active adapter's configuration says about kernels, `kernels` and `skip_mass` of
             [`UniAttnConfig`]; None where the model's own configuration says it.
+        followers: how many the active adapter gives to the leader that runs; None where the model's own configuration
+            says it.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
         self._states: dict[int, LeaderState] = {}
         self._keep = keep
         self.kernels: tuple[str, float] | None = None
+        self.followers: int | None = None
         self._deferred: dict[int, torch.Tensor] = {}
         self._latest: tuple[Callable | None, torch.Tensor | None, Any] = (None, None, None)
 

@@ -30,7 +30,7 @@ class UniAttnLayer(AttentionTunerLayer):
     method = "UniAttn"
     change = "sharing softmax"
     adapter_layer_names = ("uniattn_W", "uniattn_A", "uniattn_B")
-    other_param_names = ("uniattn_leader", "uniattn_design", "uniattn_kernels")
+    other_param_names = ("uniattn_leader", "uniattn_design", "uniattn_kernels", "uniattn_followers")
 
     def __init__(self, base_layer: nn.Module, family: Family, hidden_size: int) -> None:
         super().__init__(base_layer, family, hidden_size)
@@ -42,6 +42,8 @@ class UniAttnLayer(AttentionTunerLayer):
         self.uniattn_design: dict[str, str] = {}
         # Adapter name -> what its configuration says about kernels.
         self.uniattn_kernels: dict[str, tuple[str, float]] = {}
+        # Adapter name -> how many layers follow this one, where it leads; told once the whole plan is in place.
+        self.uniattn_followers: dict[str, int] = {}
 
     def update_layer(self, adapter_name: str, config: UniAttnConfig, leader_idx: int | None) -> None:
         """Add the adapter `adapter_name`, in which this layer follows the layer `leader_idx`."""
@@ -120,6 +122,7 @@ class UniAttnLayer(AttentionTunerLayer):
         handover, adapter = kwargs.get(HANDOVER), self.active_plan_adapter()
         if handover is not None and adapter in self.uniattn_kernels:
             handover.kernels = self.uniattn_kernels[adapter]
+            handover.followers = self.uniattn_followers.get(adapter)
         return super().forward(hidden_states, *args, **kwargs)
 
     def _replace_attention(

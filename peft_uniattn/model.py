@@ -84,9 +84,11 @@ class UniAttnModel(AttentionTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         adapter = find_adapter(model, adapter_name)
+        decoder = find_decoder(model, find_family(self._text_config()))
+        for block in adapter.plan.superblocks:
+            decoder.attention(block[0]).uniattn_followers[adapter_name] = len(block) - 1
         design = DESIGNS.get(adapter.compensation)
         if design is not None and design.adds == FFN_OUTPUT:
-            decoder = find_decoder(model, find_family(self._text_config()))
             for layer in adapter.plan.followers:
                 install_deferral(decoder.layers[layer], layer)
 

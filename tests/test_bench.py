@@ -15,6 +15,7 @@ from peft_uniattn.bench.simulated import _draw
 from peft_uniattn.bench.ttft import TtftBenchmark, ratios
 from peft_uniattn.bench.work import work
 from peft_uniattn.cli import app
+from peft_uniattn.cli.bench.report import print_contenders
 
 TINY = Models(shape="tiny", dtype="float32", device="cpu", rank=4)
 
@@ -166,6 +167,22 @@ def test_contenders_take_turns_in_changing_order():
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 2
     assert times.keys() == {"a", "b", "c"}
+
+
+def test_every_contender_shows_what_it_achieved_and_took(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    timed = {"median_ms": 12.5, "tflop_per_s": 20.4, "gb_per_s": 2131.0, "peak_memory_bytes": 31 * 2**30}
+    contenders = {
+        "base sdpa cudnn": {**timed, "relative_error": 0.0},
+        "unified sdpa cudnn": {**timed, "median_ms": 10.0, "relative_error": 0.025},
+        "unified sdpa flash": {"relative_error": "RuntimeError: no such kernel", "peak_memory_bytes": None},
+    }
+    row = {"contenders": contenders, "bound_ms": {"base": 8.0, "unified": 7.0}, "ratios": {"unified sdpa cudnn": 0.8}}
+    print_contenders(row, "16 x 8,192 tokens")
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["base", "sdpa", "cudnn", "12.50", "20.4", "2131", "31.0", "0.0e+00"] in lines
+    assert ["unified", "sdpa", "cudnn", "10.00", "0.800", "20.4", "2131", "31.0", "2.5e-02"] in lines
+    assert ["unified", "sdpa", "flash", "no", "time", "RuntimeError:", "no", "such", "kernel"] in lines
 
 
 @pytest.mark.parametrize(

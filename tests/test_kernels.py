@@ -83,6 +83,91 @@ def test_off_means_pytorch(kernel_mode):
     assert kernels.decode_kernels(*inputs()) is None
 
 
+# What one layer of a prompt takes on an H100, in ms, as docs/results/LOG.md has it: fused attention, a leader that
+# weighs its tiles and selects among them, a follower that recomputes all of them, and 40 %.
+MEASURED = {8192: (0.90, 1.35 + 0.02, 1.09, 0.52), 32768: (14.7, 20.9 + 0.05, 16.8, 6.8)}
+# Half-way between the two, as everything grows by a power of the length.
+MEASURED[16384] = tuple((short * long) ** 0.5 for short, long in zip(*MEASURED.values(), strict=True))
+
+
+def saved(length, followers, share):
+    """ms that a Superblock saves by skipping where `share` of the tiles are kept."""
+    fused, leader, whole, part = MEASURED[length]
+    follower = part + (share - 0.4) / 0.6 * (whole - part)
+    return followers * (fused - follower) - (leader - fused)
+
+
+def skips(length, followers, mode="auto"):
+    states = torch.empty(1, 1, length, 128, device="meta")
+    return kernels.prefill_kernels(states, states, states, None, 0.01, mode, followers) is not None
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+    prefill = pytest.importorskip("peft_uniattn.kernels.prefill")
+    monkeypatch.setattr(prefill, "supports", lambda *states: True)
+
+
+@pytest.mark.parametrize(
+    "length, followers, worth",
+    [
+        *[(512, 31, False), (8192, 3, False), (8192, 31, False), (16383, 31, False)],
+        *[(16384, 4, False), (16384, 5, True), (16384, 12, True), (32767, 3, False)],
+        *[(32768, 2, False), (32768, 3, True), (65535, 2, False), (65536, 2, True), (131072, 1, False)],
+    ],
+)
+def test_prompts_are_weighed_where_the_followers_make_up_for_it(length, followers, worth, any_device):
+    assert skips(length, followers) == worth
+    assert skips(length, followers, "triton")
+    assert not skips(length, followers, "off")
+
+
+# Kept for 1 % of the mass by Qwen2.5-Coder-0.5B, mean of its leaders on a novel (kept_tiles_qwen_cpu.json).
+@pytest.mark.parametrize("length, share", [(8192, 0.812), (16384, 0.745), (32768, 0.68)])
+def test_skipping_is_never_slower_by_the_measured_times(length, share, any_device):
+    assert all(saved(length, followers, share) > 0 for followers in range(1, 32) if skips(length, followers))
+
+
+def test_no_number_of_followers_makes_up_for_weighing_8k_tokens():
+    assert max(saved(8192, followers, 0.812) for followers in range(1, 32)) < 0
+
+
+def test_four_followers_at_16k_would_lose_and_five_win():
+    assert saved(16384, 4, 0.745) < 0 < saved(16384, 5, 0.745)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Numbers of followers that leaders ask kernels for, in order; no kernel runs."""
+    seen = []
+    monkeypatch.setattr("peft_uniattn.attention.lead", lambda *states, followers, **rest: seen.append(followers))
+    return seen
+
+
+@torch.no_grad()
+def asked(model, told):
+    told.clear()  # a model is tried out while it is built
+    model(prompt())
+    return list(told)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model, to_standalone], ids=["adapter", "standalone"])
+def test_a_leader_knows_how_many_followers_it_has(convert, told):
+    model = convert(tiny_adapter(tiny_model(num_hidden_layers=8), superblocks=[[1, 2], [4, 5, 6, 7]]))
+    assert asked(model, told) == [1, 3]
+
+
+def test_followers_are_counted_by_the_plan_of_the_active_adapter(told):
+    model = tiny_adapter(tiny_model(num_hidden_layers=8), superblocks=[[1, 2]])
+    model.add_adapter("other", UniAttnConfig(superblocks=[[1, 2, 3]]))
+    assert asked(model, told) == [1]
+    model.set_adapter("other")
+    assert asked(model, told) == [2]
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert asked(model, told) == [1]
+
+
 def test_unknown_mode_names_the_choices():
     with pytest.raises(ValueError, match="UNIATTN_KERNELS='fast' is unknown; use one of auto, off, triton"):
         kernels.use("fast")

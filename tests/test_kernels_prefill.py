@@ -273,7 +273,7 @@ def test_a_chunk_is_recognised_by_its_mask():
 
 
 def test_of_itself_a_chunk_is_led_where_it_sees_enough(monkeypatch):
-    monkeypatch.setattr(kernels, "_WORTH_SKIPPING", 128)
+    monkeypatch.setattr(kernels, "_WORTH_SKIPPING", ((128, 1),))
     monkeypatch.setattr(kernels, "_WORTH_WEIGHING", 30)
     query, key, value, _ = chunk(inputs(1, 1, 1), 30)
     states = query, key, value

@@ -1,16 +1,18 @@
 """
 Time of one decoded token, whole model: base and unified on every fused back end of this machine, in turns.
 
-On a GPU every contender is replayed from a CUDA graph of its own. The cache is as long as its content, so that nobody
-needs a mask, and filled at random; base and unified model share its memory. A contender whose logits are wrong gets no
-time. The reference is the same model on the first back end that runs, without kernels.
+On a GPU every contender is replayed from a CUDA graph of its own, with compiled layers on request. The cache is as
+long as its content, so that nobody needs a mask, and filled at random; base and unified model share its memory. A
+contender whose logits are wrong gets no time. The reference is the same model on the first back end that runs, without
+kernels and not compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compiled import CompiledLayers
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
 from .simulated import kept_share
@@ -40,6 +43,7 @@ class DecodeBenchmark:
         skip_mass: mass that followers may leave out; 0 measures exact contenders only.
         kept: share of blocks to keep, in place of what `skip_mass` keeps, which on random weights is all of them.
         rounds: timed steps of every contender.
+        compiler: back end of torch.compile for the layers of every contender, such as "inductor"; None: as they are.
     """
 
     models: Models = field(default_factory=Models)
@@ -47,6 +51,7 @@ class DecodeBenchmark:
     skip_mass: float = 0.0
     kept: float | None = None
     rounds: int = 20
+    compiler: str | None = None
 
     def __post_init__(self) -> None:
         least = _MOST_CONTENDERS * (self.rounds + 2)
@@ -56,25 +61,33 @@ class DecodeBenchmark:
             )
         if self.kept is not None and not 0 < self.kept <= 1:
             raise ValueError(f"kept={self.kept} must be a share of the blocks, above 0 and up to 1")
+        if self.compiler is not None and self.compiler not in (known := torch.compiler.list_backends(())):
+            raise ValueError(f"compiler={self.compiler!r} is no back end of torch.compile; use one of {known}")
 
     @torch.no_grad()
-    def run(self) -> dict[str, Any]:
-        """Measure everything; returns plain JSON types."""
+    def run(self, save: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:
+        """
+        Measure everything; returns plain JSON types.
+
+        Args:
+            save: called with the result so far after every shape.
+        """
         device = self.models.torch_device
         base, unified = self.models.build()
         rates = measured_rates(device, base.dtype)
-        rows = []
-        for batch, length in tqdm(self.shapes, desc="shapes", unit="shape"):
-            rows.append(self._measure(base, unified, batch, length, rates))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        return {
+        result = {
             "benchmark": "decode",
             "conditions": conditions(device) | {"measured_rates": rates},
             "settings": asdict(self),
             "superblocks": unified.config.superblocks,
-            "shapes": rows,
+            "shapes": [],
         }
+        for batch, length in tqdm(self.shapes, desc="shapes", unit="shape"):
+            result["shapes"].append(self._measure(base, unified, batch, length, rates))
+            save(result)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return result
 
     def _measure(
         self, base: PreTrainedModel, unified: PreTrainedModel, batch: int, length: int, rates: dict[str, float]
@@ -83,17 +96,24 @@ class DecodeBenchmark:
         token = torch.randint(base.config.vocab_size, (batch, 1), generator=generator).to(base.device)
         cache = random_cache(base, batch, length, self.models.seed)
         caches = {"base": cache, "unified": shared_cache(unified, cache)}
-        contenders = self._contenders({"base": base, "unified": unified}, caches, token)
-        references: dict[str, torch.Tensor] = {}
-        green = {}
-        for contender in contenders:
+        models = {"base": base, "unified": unified}
+        contenders = self._contenders(models, caches, token)
+        references = self._references(models, caches, token)
+        green, first_seconds = {}, {}
+        for contender in tqdm(contenders, desc="checked", unit="contender", leave=False):
             _rewind(caches[contender.name.split()[0]])
+            started = perf_counter()
             works = contender.check(references, GATE[self.models.dtype])
+            first_seconds[contender.name] = perf_counter() - started
+            if works and self.compiler is not None:
+                # Again, for a peak of memory without that of compiling.
+                _rewind(caches[contender.name.split()[0]])
+                contender.check(references, GATE[self.models.dtype])
             if works or ("simulated" in contender.name and isinstance(contender.error, float)):
                 green[contender.name] = contender.run
         if token.is_cuda:
             # Not before all have been checked: it writes to the cache.
-            green = {name: _captured(run) for name, run in green.items()}
+            green = self._captured([contender for contender in contenders if contender.name in green])
         for one in caches.values():
             _rewind(one)
         times = medians(green, base.device, self.rounds)
@@ -102,6 +122,7 @@ class DecodeBenchmark:
         for contender in contenders:
             model = bounds[contender.name.split()[0]]
             rows[contender.name] = {"relative_error": contender.error, "peak_memory_bytes": contender.peak}
+            rows[contender.name]["first_run_s"] = first_seconds[contender.name]
             if contender.name in times:
                 seconds = times[contender.name]["median_ms"] / 1e3
                 rows[contender.name] |= times[contender.name] | {
@@ -118,12 +139,39 @@ class DecodeBenchmark:
             "ratios": ratios(rows),
         }
 
+    @staticmethod
+    def _captured(contenders: list[Contender]) -> dict[str, Callable[[], None]]:
+        """A CUDA graph of each; those that cannot be captured say why and get no time."""
+        graphs = {}
+        for contender in tqdm(contenders, desc="captured", unit="contender", leave=False):
+            try:
+                graphs[contender.name] = _captured(contender.run)
+            except RuntimeError as failure:
+                contender.error = f"not captured: {str(failure).splitlines()[0][:160]}"
+        return graphs
+
+    def _references(self, models: dict, caches: dict, token: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What compiled contenders are compared with: logits of the same models as they are."""
+        references: dict[str, torch.Tensor] = {}
+        if self.compiler is not None:
+            plain = replace(self, compiler=None, skip_mass=0.0)
+            for contender in plain._contenders(models, caches, token):
+                if (model := contender.name.split()[0]) not in references:
+                    _rewind(caches[model])
+                    contender.check(references, GATE[self.models.dtype])
+        return references
+
     def _contenders(self, models: dict, caches: dict, token: torch.Tensor) -> list[Contender]:
         def step(model: str, name: str, kept: float | None = None, **kernels: Any) -> Callable[[], torch.Tensor]:
+            layers = nullcontext
+            if self.compiler is not None:
+                layers = CompiledLayers(models[model], caches[model], self.compiler).running
+
             def run() -> torch.Tensor:
                 with ExitStack() as stack:
                     stack.enter_context(running(models[model], name, **kernels))
                     stack.enter_context(without_masks())
+                    stack.enter_context(layers())
                     if kept is not None:
                         stack.enter_context(kept_share(kept, self.models.seed))
                     return models[model](token, past_key_values=caches[model], use_cache=True).logits
@@ -186,19 +234,25 @@ def without_masks() -> Iterator[None]:
     place: no baseline to beat.
     """
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        output = scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
-        return output.transpose(1, 2), None
-
     functions = ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
     before = [function["sdpa"] for function in functions]
-    for function, replacement in zip(functions, (attention, lambda *args, **kwargs: None), strict=True):
+    for function, replacement in zip(functions, (_attention, _no_mask), strict=True):
         function["sdpa"] = replacement
     try:
         yield
     finally:
         for function, original in zip(functions, before, strict=True):
             function["sdpa"] = original
+
+
+# Not inside of the above: torch.compile would take another function of the same code for another one.
+def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    output = scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
 
 
 def _captured(run: Callable[[], torch.Tensor]) -> Callable[[], None]:

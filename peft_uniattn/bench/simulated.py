@@ -24,7 +24,9 @@ def kept_share(share: float, seed: int = 0, head_dim: int = 128) -> Iterator[Non
 
     def draw(sums: torch.Tensor, factors: torch.Tensor | None, bound: float):
         _, _, dropped = select(sums, factors, bound)
-        return *_draw(sums.shape[:-1], share, ratio if factors is None else None, sums.device, seed), dropped
+        drawn = _draw(sums.shape[:-1], share, ratio if factors is None else None, sums.device, seed)
+        # A copy each time: compiled code reuses the memory of what an operator returned.
+        return *(part.clone() for part in drawn), dropped
 
     decode_launch.select = draw
     try:

@@ -23,8 +23,14 @@ MODES = ("auto", "off", "triton")
 # 64 us for a follower). Without a compiled graph, that is lost where the values are smaller than this many bytes.
 _WORTH_LAUNCHING = 256 * 2**20
 
-# Weighing the tiles of a shorter prompt takes longer than skipping saves, and fewer queries do not fill a GPU.
-_WORTH_SKIPPING, _WORTH_WEIGHING = 8192, 1024
+# (length, followers): from which length on so many followers of one leader save more than weighing the tiles costs.
+# Measured at a head_dim of 128: weighing costs 0.47 ms a layer at 8k and 6.25 at 32k; a follower that keeps all tiles
+# is slower than fused attention (1.09 for 0.90 ms, 16.8 for 14.7), one that keeps 40 % takes 0.52 and 6.8 ms. What
+# has to be kept of real text for 1 % of the mass depends on the model; these are for the one of two that kept more:
+# 81 % at 8k (nothing to be saved), 75 % at 16k. Longer than 32k was not measured.
+_WORTH_SKIPPING = ((16384, 5), (32768, 3), (65536, 2))
+# Fewer queries do not fill a GPU.
+_WORTH_WEIGHING = 1024
 # The tiles of larger heads have not been timed.
 _TIMED_HEAD_DIM = 128
 
@@ -66,6 +72,7 @@ def lead(
     causal: bool,
     configured: tuple[str | None, float] = (None, 0.0),
     once: Callable[[Callable, torch.Tensor], Any] = lambda function, tensor: function(tensor),
+    followers: int = 1,
 ) -> tuple[torch.Tensor, Any] | None:
     """
     A leader's attention without autograd by fused kernels.
@@ -77,6 +84,7 @@ def lead(
         causal: whether, of several queries without a mask, query i sees the keys 0 ... i, rather than all.
         configured: mode and skip_mass of the model's configuration.
         once: calls a function of the mask, or returns what it gave for the same mask earlier in this forward pass.
+        followers: how many layers share this leader's softmax.
 
     Returns:
         output (batch, query length, query heads, head_dim) and the shared softmax, whose `apply(value)` gives a
@@ -90,12 +98,12 @@ def lead(
         options = {"span": span, "scaling": scaling, "skip_mass": configured[1]}
         output, shared = decode.leader_decode(query, key, value, mask, **options)
         return output.transpose(1, 2), shared
-    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode)) is None:
+    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode, followers)) is None:
         return None
     if mask is None and not causal:
         return None
     offset = 0 if mask is None else once(prefill.causal_offset, mask)
-    if offset is None or (mode == "auto" and offset + query.shape[2] < _WORTH_SKIPPING):
+    if offset is None or (mode == "auto" and not _pays(offset + query.shape[2], followers)):
         return None
     return prefill.leader_prefill(query, key, value, offset=offset, scaling=scaling, skip_mass=configured[1])
 
@@ -129,12 +137,14 @@ def prefill_kernels(
     mask: torch.Tensor | None,
     skip_mass: float,
     mode: str | None = None,
+    followers: int = 1,
 ) -> ModuleType | None:
     """
     What may let the followers of a prompt, or of a chunk of one, skip tiles: the module `prefill`, or None.
 
     Without skipping there is none: a follower's recomputation by the model's own fused attention was the fastest at
-    every length that was measured.
+    every length that was measured. Nor with so few followers at so short a length that weighing the tiles would take
+    longer than they save.
 
     Args: see `lead`; `mode` defaults to this process's. Judged by shapes and types: of a mask, the values decide.
     """
@@ -142,12 +152,17 @@ def prefill_kernels(
     if mode == "off" or not skip_mass or torch.compiler.is_compiling() or not _importable(mode):
         return None
     if mode == "auto" and (
-        key.shape[2] < _WORTH_SKIPPING or query.shape[2] < _WORTH_WEIGHING or query.shape[3] > _TIMED_HEAD_DIM
+        not _pays(key.shape[2], followers) or query.shape[2] < _WORTH_WEIGHING or query.shape[3] > _TIMED_HEAD_DIM
     ):
         return None
     from . import prefill
 
     return prefill if prefill.supports(query, key, value, mask) else None
+
+
+def _pays(length: int, followers: int) -> bool:
+    """Whether so many followers of a prompt of so many visible positions save more than weighing its tiles costs."""
+    return any(length >= least and followers >= few for least, few in _WORTH_SKIPPING)
 
 
 @torch.compiler.assume_constant_result

@@ -57,9 +57,14 @@ def _cells(contender: dict[str, Any], ratio: float | None) -> list[str]:
     ]
 
 
-def finish(result: dict[str, Any], output: Path | None) -> None:
-    """Write and print the JSON document."""
+def save(result: dict[str, Any], output: Path | None) -> str:
+    """The JSON document of a result, complete or not; also in the file `output` if there is one."""
     text = json.dumps({"command": shlex.join(["peft-uniattn", *sys.argv[1:]]), **result})
     if output is not None:
         write_atomically(output, text + "\n")
-    print(text)
+    return text
+
+
+def finish(result: dict[str, Any], output: Path | None) -> None:
+    """Write and print the JSON document."""
+    print(save(result, output))
