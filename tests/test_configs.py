@@ -271,7 +271,7 @@ def test_every_preset_is_tested_by_name():
         f"{model}/{rival}-{half}.yaml" for model in LEARNING_RATES for rival in ("cla", "llmdrop") for half in CLA
     }
     named |= {f"llama-3.1-8b/{name}.yaml" for name in ("stage1-4bit", "stage2-8bit-adamw")}
-    assert set(PRESETS) == named | {"smollm2-135m/choices.yaml"}
+    assert set(PRESETS) == named | {"smollm2-135m/choices.yaml", "smollm2-135m/medical.yaml"}
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class CellResult:
     Attributes:
         cell: name of the row.
         seed: of data order and everything random.
-        accuracy: of each task, in per cent; by length-normalised likelihood for cloze tasks.
+        accuracy: of each task, in per cent; by length-normalised likelihood for cloze tasks that have it.
         kv_bytes: bytes of KV cache per token, measured after `kv_tokens` of them. H2O's scores and positions, up to 8
             bytes a slot, are not among them.
         losses: held-out loss in nats per completion token, by step; empty for an untrained row.
@@ -233,7 +233,8 @@ def accuracies(results: dict[str, Any]) -> dict[str, float]:
     """Accuracy of each task in per cent, from lm-eval's results."""
     found = {}
     for task, metrics in results["results"].items():
-        metric = "acc_norm,none" if task.endswith("_cloze") else "acc,none"
+        normalised = task.endswith("_cloze") and "acc_norm,none" in metrics
+        metric = "acc_norm,none" if normalised else "acc,none"
         if metric in metrics:
             found[task] = 100 * metrics[metric]
     return found
