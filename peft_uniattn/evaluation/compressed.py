@@ -12,6 +12,9 @@ from tqdm.auto import tqdm
 
 from ..eviction import H2OCache, h2o
 
+# Requests at a time for each that a forward over whole texts would have, whose logits fill its memory.
+_MORE = 4
+
 
 class _Request(NamedTuple):
     """What is asked: the log-likelihood of the tokens `answer` after the tokens `context`."""
@@ -53,7 +56,7 @@ class H2OLanguageModel(HFLM):
             for number, (_, context, answer) in enumerate(requests)
         ]
         with h2o(self.model), torch.no_grad(), tqdm(total=len(asked), desc="H2O", disable=disable_tqdm) as bar:
-            for batch in _batches(asked, override_bs or self.batch_size):
+            for batch in _batches(asked, _MORE * (override_bs or self.batch_size)):
                 for request, score in zip(batch, self._scores(batch), strict=True):
                     found[request.number] = score
                 bar.update(len(batch))
