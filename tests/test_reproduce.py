@@ -226,7 +226,7 @@ def test_every_row_of_the_main_table_is_trained_evaluated_and_kept(tmp_path, dat
     first = reproduced(tmp_path, data_dir, argv, "--seeds", "0,1")
     assert first.exit_code == 0, first.output
     results = {path.stem: CellResult.read(path) for path in (tmp_path / "out").glob("*-[01].json")}
-    assert len(results) == 1 + 2 * 6
+    assert len(results) == 1 + 2 * 7
     assert {len(found.accuracy) for found in results.values()} == {1}
     # 6 layers, Superblocks [0-2] [3-5]: UniAttn keeps 4 halves less, CLA-full 4 layers less.
     whole = results["pre-trained-0"].kv_bytes
