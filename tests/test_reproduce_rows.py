@@ -161,9 +161,14 @@ def test_a_record_is_read_as_it_was_written_but_for_folders(tmp_path):
     results = [result("row", 0, {"a": 50.0}, 2000), result("row", 1, {"a": 52.0}, 2000)]
     results[0].flags.extend(["--data", "/home/someone/data.jsonl"])
     write_record(
-        tmp_path / "results.json", results, command="peft-uniattn reproduce --data-dir /home/d", findings=FOUND
+        tmp_path / "results.json",
+        results,
+        model="/home/smol",
+        command="peft-uniattn reproduce --data-dir /home/d",
+        findings=FOUND,
     )
     record = Record.read(tmp_path / "results.json")
+    assert record.model == "smol"
     assert record.command == "peft-uniattn reproduce --data-dir d"
     assert record.results == [dataclasses.replace(results[0], flags=["--data", "data.jsonl"]), results[1]]
     assert short("configs/a.yaml") == "configs/a.yaml"

@@ -37,6 +37,9 @@ def reproduce(
     ] = "fixed",
     jobs: Annotated[int, typer.Option(help="Rows at a time; on several GPUs they take turns.", min=1)] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every adapter and model.")] = False,
+    model_name: Annotated[
+        str | None, typer.Option(help="Honest name of the base in results.json. Default: model_name_or_path.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Requests per forward pass of the evaluation.", min=1)] = 32,
     ttft_prompts: Annotated[
         int | None, typer.Option(help="Prompts at a time for the time to the first token. Default: 16; 1 without GPU.")
@@ -76,6 +79,7 @@ def reproduce(
             keep_models=keep_models,
             prompts=Prompts(ttft_prompts, ttft_tokens),
             command=shlex.join(["peft-uniattn", *sys.argv[1:]]),
+            model=model_name,
         )
         typer.echo(table(run.run()))
         typer.echo(f"saved: {output_dir}/results.json, table.md, accuracy.svg, curves.svg")

@@ -97,7 +97,7 @@ def _figure(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({"svg.hashsalt": "peft_uniattn", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "peft_uniattn", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
         try:
             yield figure, axes[0]

@@ -18,12 +18,14 @@ from .matrix import Findings
 class Record:
     """
     Attributes:
+        model: honest name of the base.
         command: what was called.
         date: of the last row, "2026-01-31".
         findings: what the rows depend on, see [`Findings`]; as JSON types.
         results: of all rows and seeds.
     """
 
+    model: str
     command: str
     date: str
     findings: dict[str, Any]
@@ -35,18 +37,20 @@ class Record:
         return cls(**{**content, "results": [CellResult(**result) for result in content["results"]]})
 
 
-def write_record(path: Path, results: Sequence[CellResult], *, command: str, findings: Findings) -> None:
+def write_record(path: Path, results: Sequence[CellResult], *, model: str, command: str, findings: Findings) -> None:
     """
     Write a [`Record`] with a line per result. Absolute paths are cut to their last part.
 
     Args:
         path: the file.
         results: of all rows and seeds.
+        model: honest name of the base.
         command: what was called.
         findings: what the rows depend on.
     """
     date = datetime.now(timezone.utc).date().isoformat()
-    head = {"command": " ".join(map(short, command.split())), "date": date, "findings": asdict(findings)}
+    command = " ".join(map(short, command.split()))
+    head = {"model": short(model), "command": command, "date": date, "findings": asdict(findings)}
     lines = [json.dumps({**asdict(result), "flags": list(map(short, result.flags))}) for result in results]
     text = f'{json.dumps(head)[:-1]},\n"results": [\n' + ",\n".join(lines) + "\n]}\n"
     write_atomically(path, text)

@@ -42,6 +42,7 @@ class Reproduction:
         keep_models: leave adapters and models in the directory.
         prompts: what times to the first token are measured on, when all rows are done.
         command: what was called, for the record.
+        model: honest name of the base, for the record; default what the arguments name.
 
     Raises:
         ValueError: for unknown tables, no seeds, or shares and jobs out of range.
@@ -58,6 +59,7 @@ class Reproduction:
     keep_models: bool = False
     prompts: Prompts = field(default_factory=Prompts)
     command: str = "peft-uniattn reproduce"
+    model: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.tables if name not in TABLES]
@@ -107,7 +109,8 @@ class Reproduction:
                     bar.update()
         ordered = [results[row.name, seed] for seed in self.seeds for row in rows if (row.name, seed) in results]
         ordered = self._timed(ordered, rows, shared)
-        write_record(self.directory / "results.json", ordered, command=self.command, findings=found)
+        model = self.model or str(shared.model.model_name_or_path)
+        write_record(self.directory / "results.json", ordered, model=model, command=self.command, findings=found)
         write_atomically(self.directory / "table.md", f"{table(ordered)}\n\n{notes(ordered)}\n")
         plot(ordered, self.directory / "accuracy.svg", caption=self._caption(ordered))
         plot_curves(ordered, self.directory / "curves.svg", caption=self._caption(ordered))
