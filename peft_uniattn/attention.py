@@ -131,9 +131,13 @@ def _fused(
     config = original_config(module)
     if lead is None or config._attn_implementation == "eager" or kwargs.get("dropout"):
         return None
+    if query.shape[2] > 1 and config._attn_implementation != "sdpa":
+        return None
     configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
-    causal = config._attn_implementation == "sdpa" and kwargs.get("is_causal") is not False
-    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), causal=causal, configured=configured)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    options = {"causal": causal, "configured": configured, "once": handover.once}
+    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), **options)
 
 
 def _is_plain(key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:

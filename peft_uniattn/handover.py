@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,6 +64,7 @@ class Handover:
         self._keep = keep
         self.kernels: tuple[str, float] | None = None
         self._deferred: dict[int, torch.Tensor] = {}
+        self._latest: tuple[Callable | None, torch.Tensor | None, Any] = (None, None, None)
 
     def give(self, layer_idx: int, state: LeaderState) -> None:
         """Record the state of the leader `layer_idx`."""
@@ -94,6 +96,14 @@ class Handover:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         return state
+
+    def once(self, function: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> Any:
+        """`function(tensor)`, remembered until it is asked for another tensor: layers of one kind get one mask."""
+        called, of, result = self._latest
+        if called is not function or of is not tensor:
+            result = function(tensor)
+            self._latest = function, tensor, result
+        return result
 
     def defer(self, layer_idx: int, addend: torch.Tensor) -> None:
         """Leave `addend` for the end of the decoder layer `layer_idx`, see [`install_deferral`]."""

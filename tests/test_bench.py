@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from peft_uniattn.bench.contenders import Contender, Models, medians
 from peft_uniattn.bench.decode import DecodeBenchmark, random_cache, shared_cache, without_masks
 from peft_uniattn.bench.memory import MemoryBenchmark
+from peft_uniattn.bench.simulated import _draw
 from peft_uniattn.bench.ttft import TtftBenchmark, ratios
 from peft_uniattn.bench.work import work
 from peft_uniattn.cli import app
@@ -28,6 +29,10 @@ def document(*arguments: str) -> dict:
     "arguments, names",
     [
         (["ttft", "--length", "16", "--rounds", "2"], ["base sdpa", "base eager", "unified sdpa", "unified eager"]),
+        (
+            ["ttft", "--length", "16", "--chunk", "6", "--rounds", "2"],
+            ["base sdpa", "base eager", "unified sdpa", "unified eager"],
+        ),
         (["decode", "--batch-size", "2", "--length", "64", "--rounds", "2"], ["base sdpa", "unified sdpa"]),
     ],
 )
@@ -51,6 +56,35 @@ def test_the_cache_of_llama_3_1_8b_is_measured():
     assert result["contenders"]["base"]["cache_bytes_per_token"] == 131_072
     assert result["contenders"]["unified"]["cache_bytes_per_token"] == 106_496
     assert result["ratio"] == 0.8125
+
+
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_and_reads_the_weights_again():
+    base, unified = TINY.build()
+    ids = torch.arange(16)[None]
+    whole, chunked = TtftBenchmark(TINY, (16,)), TtftBenchmark(TINY, (16,), chunk=6)
+    for model in (base, unified):
+        lengths = []
+        hook = model.register_forward_pre_hook(lambda _, args, lengths=lengths: lengths.append(args[0].shape[1]))
+        expected, actual = (one._forward(model, ids, "sdpa")() for one in (whole, chunked))
+        hook.remove()
+        assert lengths == [16, 6, 6, 4]
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        once, thrice = whole._work(model, 16), chunked._work(model, 16)
+        assert thrice.bytes > 2.9 * (once.bytes - once.state_bytes)
+        assert thrice.state_bytes == once.state_bytes
+        head = model.get_output_embeddings().weight.numel()
+        assert thrice.flops == once.flops + 2 * 2 * head  # logits of the end of every chunk
+
+
+@pytest.mark.parametrize("ratio, last", [(1, [5, 6, 7]), (2, [3, 5, 7])])
+def test_a_drawn_share_of_tiles_is_on_and_below_the_diagonal(ratio, last):
+    shape, device = torch.Size((1, 2, 3, 8)), torch.device("cpu")
+    kept, count = _draw(shape, 0.0, ratio, device, 0)
+    assert (count == 1).all()
+    assert kept[..., 0].tolist() == [[last, last]]
+    kept, count = _draw(shape, 1.0, ratio, device, 0)
+    assert count.tolist() == [[[one + 1 for one in last]] * 2]
+    assert kept[0, 0, 0, : last[0] + 1].tolist() == list(range(last[0] + 1))
 
 
 @pytest.mark.gpu
@@ -140,6 +174,7 @@ def test_contenders_take_turns_in_changing_order():
         (lambda: Models(dtype="int8"), "dtype='int8' is not measured; use one of"),
         (lambda: Models(device="cpu", back_ends=("sdpa cudnn",)), "are not on this machine; choose from eager, sdpa"),
         (lambda: TtftBenchmark(TINY, (1,)), "must name prompts of 2 tokens or more"),
+        (lambda: TtftBenchmark(TINY, (8,), chunk=1), "chunk=1 must be 2 tokens or more, or None"),
         (lambda: TtftBenchmark(TINY, (8,), kept=0.0), "kept=0.0 must be a share of the tiles"),
         (lambda: DecodeBenchmark(TINY, ((1, 8),)), "must be of 1 sequence and 352 tokens or more"),
         (lambda: MemoryBenchmark(TINY, 0), "length=0 must be 1 or more"),

@@ -188,6 +188,43 @@ def test_a_leader_without_autograd_takes_the_place_of_earlier_ones():
     assert kept.has(0) and in_training.has(0)
 
 
+def test_what_a_mask_says_is_found_out_once_per_forward_pass():
+    handover, seen = Handover(), []
+
+    def count(tensor):
+        seen.append(tensor)
+        return len(seen)
+
+    mask, same_values = torch.ones(2), torch.ones(2)
+    assert [handover.once(count, mask) for _ in range(3)] == [1, 1, 1]
+    assert handover.once(count, same_values) == 2
+    assert Handover().once(count, same_values) == 3
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_kernels_are_told_whether_a_prompt_without_a_mask_is_causal(is_causal, monkeypatch):
+    model, told = tiny_adapter(), []
+
+    def lead(query, *states, causal, **options):
+        told.append((query.shape[2], causal))
+
+    monkeypatch.setattr("peft_uniattn.attention.lead", lead)
+    model.base_model.model.model.layers[0].self_attn.base_layer.is_causal = is_causal
+    with torch.no_grad():
+        model(prompt())
+    assert told == [(9, is_causal), (9, True)]
+
+
+def test_specification_of_a_chunk_is_the_end_of_the_prompt():
+    _, key, value = inputs()
+    query = torch.randn(2, 4, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    whole, part = (naive.leader_prefill(queries, key, value) for queries in (query, query[:, :, 7:]))
+    for actual, expected in zip(part, whole, strict=True):
+        torch.testing.assert_close(actual, expected[:, :, 7:])
+    part = naive.follower_prefill(query[:, :, 7:], key, value)
+    torch.testing.assert_close(part, naive.follower_prefill(query, key, value)[:, 7:])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [None, 8])
 def test_a_compensation_inside_the_matrix_product_is_the_sum(rank):

@@ -18,7 +18,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
 
 from peft_uniattn import kernels, to_standalone  # noqa: E402
-from peft_uniattn.kernels import decode  # noqa: E402
+from peft_uniattn.kernels import decode, prefill  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter has no bfloat16.
@@ -181,3 +181,55 @@ def test_a_compiled_step_calls_the_kernels_in_one_graph(convert):
     assert len(graphs) == 1
     assert "uniattn.decode_leader" in graphs[0]
     assert "uniattn.decode_follower" in graphs[0]
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """What the prefill kernels are called for: (queries, position of the first one)."""
+    seen = []
+    lead = prefill.leader_prefill
+    monkeypatch.setattr(
+        prefill, "leader_prefill", lambda *a, **k: (seen.append((a[0].shape[2], k["offset"])), lead(*a, **k))[1]
+    )
+    return seen
+
+
+def generated(model, ids, mask=None, **options):
+    """Greedy tokens and the logits of the first of them."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, **options}
+    out = model.generate(
+        input_ids=ids.to(DEVICE), attention_mask=mask.to(DEVICE), return_dict_in_generate=True, **options
+    )
+    return out.sequences, out.logits[0].double()
+
+
+@pytest.mark.parametrize(
+    "convert, options, chunks",
+    [
+        (adapter, {}, [(70, 0)]),
+        (adapter, {"prefill_chunk_size": 30}, [(30, 0), (30, 30), (10, 60)]),
+        (to_standalone, {"prefill_chunk_size": 33, "cache_implementation": "static"}, [(33, 0), (33, 33), (4, 66)]),
+    ],
+)
+def test_a_prompt_in_chunks_is_that_without_kernels(convert, options, chunks, prompts):
+    options = {**options, "disable_compile": True}
+    ids = prompt(length=70)
+    tokens, logits = generated(build(convert, skip_mass=1e-6), ids, **options)
+    assert prompts == chunks
+    expected_tokens, expected = generated(build(convert, kernels="off"), ids, **options)
+    assert len(prompts) == len(chunks)
+    if INTERPRETED:  # bfloat16 may break a tie between two tokens the other way
+        assert torch.equal(tokens, expected_tokens)
+    assert (logits - expected).norm() / expected.norm() < (0.01 if INTERPRETED else 0.05)
+
+
+@pytest.mark.parametrize("family, changes, padding", [("llama", {}, 3), ("mistral", {"sliding_window": 40}, 0)])
+def test_padded_and_windowed_chunks_are_left_to_the_back_end(family, changes, padding, prompts):
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :padding] = 0
+    options = {"prefill_chunk_size": 50, "max_new_tokens": 1}
+    _, logits = generated(build(family=family, skip_mass=1e-6, **changes), prompt(length=70), mask, **options)
+    assert prompts == []
+    off = build(family=family, kernels="off", **changes)
+    assert torch.equal(logits, generated(off, prompt(length=70), mask, **options)[1])

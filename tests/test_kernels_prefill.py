@@ -66,22 +66,29 @@ def error(actual, expected) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def chunk(states, queries):
+    """The same inputs with the last so many queries alone."""
+    query, *others = states
+    return query[:, :, -queries:], *others
+
+
 def check(query, key, value, scaling=0.3):
-    """Weighing, streaming and recomputing are what the specification says in float64."""
+    """Weighing, streaming, recomputing and leading are what the specification says in float64."""
     wide = [tensor.double() for tensor in (query, key, value)]
     expected = naive.follower_prefill(*wide, scaling=scaling)
     denominator = naive.leader_prefill(*wide, scaling=scaling)[1].float()
     tolerance = TOLERANCE[query.dtype]
     for store, limit in ((query.dtype, tolerance), (torch.float8_e4m3fn, FP8_TOLERANCE)):
         weights, scales, maxima = prefill_launch.weigh(query, key, denominator, scaling, store)
-        assert error(prefill_launch.stream(weights, scales, value, query.shape[1]), expected) < limit
+        assert error(prefill_launch.stream(weights, scales, value, query), expected) < limit
     assert error(prefill_launch.recompute(query, key, value, denominator, scaling), expected) < tolerance
 
     rows, columns = prefill_launch.WEIGH[query.shape[3]][:2]
     identity = torch.eye(key.shape[2], dtype=torch.float64, device=DEVICE).expand(*key.shape[:2], -1, -1)
     probabilities = naive.follower_prefill(*wide[:2], identity, scaling=scaling).transpose(1, 2)
-    padding = -query.shape[2] % rows
-    tiles = torch.nn.functional.pad(probabilities, (0, padding, 0, padding))
+    beyond = columns * maxima.shape[3] - key.shape[2]
+    assert 0 <= beyond < rows + columns
+    tiles = torch.nn.functional.pad(probabilities, (0, beyond, 0, -query.shape[2] % rows))
     masses = tiles.unflatten(3, (-1, columns)).sum(-1).unflatten(2, (-1, rows)).amax(3)
     assert error(maxima, masses) < 2 * tolerance
     output, led, maxima = prefill_launch.lead(query, key, value, scaling)
@@ -96,9 +103,30 @@ def test_tiles_are_the_specification(query_heads, kv_heads, length):
     check(query, key, value)
 
 
+@pytest.mark.parametrize(
+    "query_heads, kv_heads, length, queries",
+    [(1, 1, 192, 64), (2, 1, 150, 70), (2, 2, 130, 129), (1, 1, 130, 3), (2, 1, 65, 33)],
+)
+def test_a_chunk_at_any_offset_is_the_specification(query_heads, kv_heads, length, queries):
+    query, key, value, _ = chunk(inputs(1, query_heads, kv_heads, length), queries)
+    check(query, key, value)
+
+
+@pytest.mark.parametrize("queries", [200, 130])
+def test_large_heads(queries):
+    query, key, value, _ = chunk(inputs(1, 2, 1, 200, 256), queries)
+    check(query, key, value, 0.06)
+
+
+gpu_heads = pytest.mark.parametrize("head_dim", [64, 128, 256])
+all_heads = pytest.mark.parametrize(
+    "head_dim", [16, *(pytest.param(head_dim, marks=pytest.mark.gpu) for head_dim in (64, 128, 256))]
+)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@gpu_heads
 @pytest.mark.parametrize("query_heads, kv_heads", [(4, 4), (8, 2)])
 @pytest.mark.parametrize("length", [129, 1000, 2048])
 def test_tiles_are_the_specification_on_the_gpu(dtype, head_dim, query_heads, kv_heads, length):
@@ -106,34 +134,71 @@ def test_tiles_are_the_specification_on_the_gpu(dtype, head_dim, query_heads, kv
     check(query, key, value, head_dim**-0.5)
 
 
+@pytest.mark.gpu
+@gpu_heads
+@pytest.mark.parametrize("query_heads, kv_heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("length, queries", [(1024, 512), (2048, 1000), (3001, 1024), (4999, 2), (1030, 1029)])
+def test_a_chunk_at_any_offset_is_the_specification_on_the_gpu(head_dim, query_heads, kv_heads, length, queries):
+    query, key, value, _ = chunk(inputs(1, query_heads, kv_heads, length, head_dim), queries)
+    check(query, key, value, head_dim**-0.5)
+
+
+@pytest.mark.gpu
+def test_without_the_copy_engine():
+    """Rows of an odd number of bytes are fetched through pointers."""
+    states = inputs(1, 4, 2, 1500, 129)
+    query, key, value, _ = chunk([tensor[..., :128] for tensor in states], 700)
+    assert query.stride(2) * query.element_size() % 16
+    check(query, key, value, 0.1)
+
+
+@all_heads
+def test_masses_within_any_budget_give_the_same(head_dim):
+    length = 5 * prefill_launch.LEAD[head_dim].rows - 7
+    query, key, value, _ = chunk(inputs(1, 2, 1, length, head_dim), length - 40)
+    whole = prefill_launch.lead(query, key, value, 0.3)
+    widest = query.shape[1] * whole[2].shape[3] * prefill_launch.LEAD[query.shape[3]].rows * 4
+    for budget in (1, 2 * widest):
+        parts = prefill_launch.lead(query, key, value, 0.3, budget=budget)
+        assert all(torch.equal(*pair) for pair in zip(parts, whole, strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_stays_within_the_budget():
+    query, key, value, _ = inputs(1, 32, 8, 16384, 128)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, budget = torch.cuda.memory_allocated(), 32 * 2**20
+    outputs = prefill_launch.lead(query, key, value, 0.1, budget=budget)
+    kept = sum(tensor.nbytes for tensor in outputs)
+    assert torch.cuda.max_memory_allocated() - before <= kept + budget + 2**20
+
+
 def test_strided_states():
-    query, key, value, _ = inputs()
+    query, key, value, _ = inputs(query_heads=2, kv_heads=1)
     # (batch, length, heads, head_dim) in memory, and a slice of a longer static cache
     swapped = [states.transpose(1, 2).contiguous().transpose(1, 2) for states in (query, key, value)]
     check(*swapped)
     check(query, *(torch.cat([states] * 2, 2)[:, :, :150] for states in (key, value)))
 
 
-def options_for(skip_mass):
-    head_dim = 16 if INTERPRETED else 128
-    rows, columns = prefill_launch.RECOMPUTE[head_dim][:2]
-    return {"length": 5 * rows - 7, "head_dim": head_dim}, rows, columns
-
-
-@pytest.mark.parametrize("skip_mass", [0.02, 0.3])
-def test_followers_leave_out_no_more_than_the_bound_and_account_for_it(skip_mass):
-    options, rows, columns = options_for(skip_mass)
-    query, key, value, follower_value = concentrated(columns, **options)
-    output, shared = prefill.leader_prefill(query, key, value, skip_mass=skip_mass)
+@pytest.mark.parametrize("skip_mass, offset", [(0.02, 0), (0.3, 0), (0.3, 100), (0.02, 128)])
+@all_heads
+def test_followers_leave_out_no_more_than_the_bound_and_account_for_it(skip_mass, offset, head_dim):
+    tuning = prefill_launch.RECOMPUTE[head_dim]
+    rows, columns = tuning[:2]
+    states = concentrated(columns, batch=1, length=5 * rows - 7, head_dim=head_dim)
+    query, key, value, follower_value = chunk(states, 5 * rows - 7 - offset)
+    output, shared = prefill.leader_prefill(query, key, value, offset=offset, skip_mass=skip_mass)
     wide = [tensor.double() for tensor in (query, key, value)]
     assert error(output.transpose(1, 2), naive.leader_prefill(*wide)[0]) < TOLERANCE[DTYPE]
     tiles = shared.kept.shape[2]
     kept = torch.zeros(shared.kept.shape, dtype=torch.bool, device=DEVICE)
     for place in torch.cartesian_prod(*(torch.arange(size) for size in shared.count.shape)).tolist():
         kept[tuple(place)][shared.kept[tuple(place)][: shared.count[tuple(place)]].long()] = True
-    assert kept.sum() < 0.85 * 2 * 4 * tiles * (tiles + 1) // 2 * (rows // columns)
+    assert kept.sum() < 0.85 * 4 * prefill_launch.tiles_of(tiles, offset, tuning)
     length = query.shape[2]
-    visible = kept.repeat_interleave(rows, 2).repeat_interleave(columns, 3)[:, :, :length, :length]
+    visible = kept.repeat_interleave(rows, 2).repeat_interleave(columns, 3)[:, :, :length, : key.shape[2]]
 
     ones = torch.ones(*key.shape[:3], 1, dtype=torch.float64, device=DEVICE)
     held = naive.follower_prefill(*wide[:2], ones, visible=visible).squeeze(-1).transpose(1, 2)
@@ -144,28 +209,98 @@ def test_followers_leave_out_no_more_than_the_bound_and_account_for_it(skip_mass
     assert error(shared.apply(follower_value), expected) < TOLERANCE[DTYPE]
 
 
-def test_a_longer_static_cache_is_cut_to_the_prompt():
-    query, key, value, follower_value = inputs()
+@pytest.mark.parametrize("offset", [0, 43])
+@all_heads
+def test_a_longer_static_cache_is_cut_to_what_is_filled(offset, head_dim):
+    query, key, value, follower_value = chunk(inputs(1, head_dim=head_dim), 150 - offset)
     longer = [torch.nn.functional.pad(states, (0, 0, 0, 50), value=float("nan")) for states in (key, value)]
-    output, shared = prefill.leader_prefill(query, *longer, skip_mass=0.1)
-    expected, exact = prefill.leader_prefill(query, key, value, skip_mass=0.1)
+    output, shared = prefill.leader_prefill(query, *longer, offset=offset, skip_mass=0.1)
+    expected, exact = prefill.leader_prefill(query, key, value, offset=offset, skip_mass=0.1)
     assert torch.equal(output, expected)
     padded = torch.nn.functional.pad(follower_value, (0, 0, 0, 50), value=float("nan"))
     assert torch.equal(shared.apply(padded), exact.apply(follower_value))
 
 
+def causal_mask(rows, columns, offset, batch=2):
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=DEVICE).tril(offset)
+    return mask.repeat(batch, 1, 1, 1)
+
+
+def test_the_mask_of_a_chunk_tells_its_offset():
+    assert prefill.causal_offset(causal_mask(5, 12, 7)) == 7
+    assert prefill.causal_offset(causal_mask(5, 12, 0)) == 0
+    assert prefill.causal_offset(causal_mask(5, 20, 3)) == 3  # a static cache
+    assert prefill.causal_offset(causal_mask(5, 12, 7, batch=1).expand(3, -1, -1, -1)) == 7
+
+
+@pytest.mark.parametrize("row, column, visible", [(0, 0, 0), (4, 3, 0), (2, 9, 0), (2, 10, 1), (4, 12, 1), (0, 14, 1)])
+def test_a_mask_with_any_other_entry_is_not_a_chunk(row, column, visible):
+    mask = causal_mask(5, 15, 7)
+    mask[1, 0, row, column] = bool(visible)
+    assert prefill.causal_offset(mask) is None
+
+
+def test_other_masks_are_not_chunks():
+    window = causal_mask(5, 12, 7) & ~causal_mask(5, 12, 3)
+    padded = causal_mask(5, 12, 7)
+    padded[:, :, :, :2] = False
+    additive = torch.zeros(2, 1, 5, 12, device=DEVICE).masked_fill(~causal_mask(5, 12, 7), -torch.inf)
+    for mask in (window, padded, additive, causal_mask(5, 12, 11), causal_mask(5, 12, 8), causal_mask(5, 3, 0)):
+        assert prefill.causal_offset(mask) is None
+
+
+def dispatched(states, mask, causal=True, mode="triton", **options):
+    return kernels.lead(*states, mask, scaling=None, causal=causal, configured=(mode, 0.1), **options)
+
+
+def test_a_chunk_is_recognised_by_its_mask():
+    query, key, value, _ = chunk(inputs(2, 2, 1), 70)
+    mask, asked = causal_mask(70, 150, 80), []
+
+    def once(function, tensor):
+        asked.append((function, tensor))
+        return function(tensor)
+
+    output, shared = dispatched((query, key, value), mask, causal=False, once=once)
+    ((function, tensor),) = asked
+    assert function is prefill.causal_offset
+    assert tensor is mask
+    wide = [tensor.double() for tensor in (query, key, value)]
+    assert error(output, naive.follower_prefill(*wide)) < TOLERANCE[DTYPE]
+    assert shared.query.shape[2] == 70
+    assert dispatched((query, key, value), torch.ones_like(mask)) is None
+    assert dispatched((query, key, value), mask, mode="auto") is None
+
+
+def test_of_itself_a_chunk_is_led_where_it_sees_enough(monkeypatch):
+    monkeypatch.setattr(kernels, "_WORTH_SKIPPING", 128)
+    monkeypatch.setattr(kernels, "_WORTH_WEIGHING", 30)
+    query, key, value, _ = chunk(inputs(1, 1, 1), 30)
+    states = query, key, value
+    assert dispatched(states, causal_mask(30, 150, 120, batch=1), mode="auto") is not None
+    assert dispatched(states, causal_mask(30, 150, 97, batch=1), mode="auto") is None  # 127 positions are filled
+    assert dispatched((query[:, :, :29], key, value), causal_mask(29, 150, 121, batch=1), mode="auto") is None
+    monkeypatch.setattr(kernels, "_TIMED_HEAD_DIM", 8)
+    assert dispatched(states, causal_mask(30, 150, 120, batch=1), mode="auto") is None
+
+
+def chosen(query, key, value, mask=None, skip_mass=0.1, mode="triton"):
+    return kernels.prefill_kernels(query, key, value, mask, skip_mass, mode)
+
+
 def test_what_is_not_supported_is_left_to_pytorch():
-    query, key, value, follower_value = inputs()
-    assert kernels.prefill_kernels(query, key, value, 0.1, "triton") is prefill
-    assert kernels.prefill_kernels(query, key, value, 0.0, "triton") is None
-    assert kernels.prefill_kernels(query, key, value, 0.1, "off") is None
-    assert kernels.prefill_kernels(query, key, value, 0.1, "auto") is None
-    assert kernels.prefill_kernels(query.float(), key.float(), value.float(), 0.1, "triton") is None
-    assert kernels.prefill_kernels(query[..., :8], key[..., :8], value[..., :8], 0.1, "triton") is None
-    assert kernels.prefill_kernels(query, key[:, :, :149], value[:, :, :149], 0.1, "triton") is None
-    mask = torch.ones(2, 1, 150, 150, dtype=torch.bool, device=DEVICE)
-    assert kernels.lead(query, key, value, mask, scaling=None, causal=True, configured=("triton", 0.1)) is None
-    assert kernels.lead(query, key, value, None, scaling=None, causal=False, configured=("triton", 0.1)) is None
+    query, key, value, follower_value = inputs(1, 2, 1)
+    assert chosen(query, key, value) is prefill
+    assert chosen(query, key, value, skip_mass=0.0) is None
+    assert chosen(query, key, value, mode="off") is None
+    assert chosen(query, key, value, mode="auto") is None
+    assert chosen(query.float(), key.float(), value.float()) is None
+    assert chosen(query[..., :8], key[..., :8], value[..., :8]) is None
+    assert chosen(query, key[:, :, :149], value[:, :, :149]) is None
+    assert chosen(query, key, value, causal_mask(150, 150, 0)) is prefill
+    assert chosen(query, key, value, causal_mask(150, 151, 0)) is None
+    assert dispatched((query, key, value), torch.ones(1, 1, 150, 150, dtype=torch.bool, device=DEVICE)) is None
+    assert dispatched((query, key, value), None, causal=False) is None
     _, shared = prefill.leader_prefill(query, key, value, skip_mass=0.1)
     odd = follower_value[..., :8]
     assert error(shared.apply(odd), naive.follower_prefill(query, key, odd)) < TOLERANCE[DTYPE]

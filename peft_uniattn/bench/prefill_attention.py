@@ -94,11 +94,10 @@ def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kind: SD
 def _stored(query, key, value, denominator, scaling, name, store, gate, share, kept) -> dict:
     """Storing tiles in one type, and streaming all or some of them."""
     weights, scales, _ = launch.weigh(query, key, denominator, scaling, store)
-    heads = query.shape[1]
     return {
         f"storing {name}": (lambda: launch.weigh(query, key, denominator, scaling, store)[2], None),
-        f"streaming {name}": (lambda: launch.stream(weights, scales, value, heads), gate),
-        f"streaming {name} {kept}": (lambda: launch.stream(weights, scales, value, heads, *share), None),
+        f"streaming {name}": (lambda: launch.stream(weights, scales, value, query), gate),
+        f"streaming {name} {kept}": (lambda: launch.stream(weights, scales, value, query, *share), None),
     }
 
 

@@ -10,22 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
 from .simulated import kept_share
-from .work import measured_rates, work
+from .work import Work, head_dim, measured_rates, work
 
 # Relative error in the Euclidean norm of the last position's logits, between two ways to the same sums. Through layers
 # of random weights roundings grow: on an H100, FlashAttention and cuDNN were 0.05 apart, both right within 0.003 a
 # layer, and eager attention, whose probabilities are rounded, 0.1. What is wrong is at 1.
 GATE = {"bfloat16": 0.2, "float16": 0.05, "float32": 1e-3}
-# Eager attention holds all scores at once; longer prompts are left to the others.
+# Eager attention holds all scores at once, as many as those of a prompt of this length; more is left to the others.
 _LONGEST_EAGER = 8192
 
 
@@ -41,6 +42,8 @@ class TtftBenchmark:
         skip_mass: mass that followers may leave out; 0 measures exact contenders only.
         kept: share of tiles to keep, in place of what `skip_mass` keeps, which on random weights is all of them.
         rounds: timed forwards of every contender.
+        chunk: tokens that a forward gets at once, with a growing cache; None for the whole prompt. Chunks after the
+            first have a mask, which FlashAttention does not take.
     """
 
     models: Models = field(default_factory=Models)
@@ -49,12 +52,15 @@ class TtftBenchmark:
     skip_mass: float = 0.0
     kept: float | None = None
     rounds: int = 7
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 2:
             raise ValueError(f"lengths={self.lengths} must name prompts of 2 tokens or more")
         if self.rounds < 1 or self.batch_size < 1:
             raise ValueError(f"rounds={self.rounds} and batch_size={self.batch_size} must be 1 or more")
+        if self.chunk is not None and self.chunk < 2:
+            raise ValueError(f"chunk={self.chunk} must be 2 tokens or more, or None for prompts in one piece")
         if self.kept is not None and not 0 < self.kept <= 1:
             raise ValueError(f"kept={self.kept} must be a share of the tiles, above 0 and up to 1")
 
@@ -88,10 +94,7 @@ class TtftBenchmark:
             if works or ("simulated" in contender.name and isinstance(contender.error, float)):
                 green.append(contender)
         times = medians({contender.name: contender.run for contender in green}, base.device, self.rounds)
-        bounds = {
-            name: work(model, self.batch_size, length, length)
-            for name, model in (("base", base), ("unified", unified))
-        }
+        bounds = {name: self._work(model, length) for name, model in (("base", base), ("unified", unified))}
         rows = {}
         for contender in contenders:
             model = bounds[contender.name.split()[0]]
@@ -109,14 +112,16 @@ class TtftBenchmark:
         }
 
     def _contenders(self, base: PreTrainedModel, unified: PreTrainedModel, ids: torch.Tensor) -> list[Contender]:
-        short = ids.shape[1] <= _LONGEST_EAGER
+        length = ids.shape[1]
+        short = min(length, self.chunk or length) * length <= _LONGEST_EAGER**2
         names = [name for name in self.models.measured_back_ends if short or name != "eager"]
         contenders = [Contender(f"base {name}", self._forward(base, ids, name)) for name in names]
         contenders += [Contender(f"unified {name}", self._forward(unified, ids, name)) for name in names]
         if not self.skip_mass or ids.device.type != "cuda":
             return contenders
+        fast = ("sdpa cudnn", "sdpa flash") if self.chunk is None else ("sdpa cudnn", "sdpa efficient")
         for name in names:
-            if name not in ("sdpa cudnn", "sdpa flash"):
+            if name not in fast:
                 continue
             options = {"kernels": "triton", "skip_mass": self.skip_mass, "kept": self.kept}
             what = f"skip_mass {self.skip_mass}" if self.kept is None else f"simulated kept {self.kept}"
@@ -130,10 +135,19 @@ class TtftBenchmark:
             with ExitStack() as stack:
                 stack.enter_context(running(model, back_end, **kernels))
                 if kept is not None:
-                    stack.enter_context(kept_share(kept, self.models.seed))
-                return model(ids, use_cache=True, logits_to_keep=1).logits
+                    stack.enter_context(kept_share(kept, self.models.seed, head_dim(model.config)))
+                cache = DynamicCache(config=model.config)
+                for part in ids.split(self.chunk or ids.shape[1], dim=1):
+                    logits = model(part, past_key_values=cache, logits_to_keep=1).logits
+                return logits
 
         return forward
+
+    def _work(self, model: PreTrainedModel, length: int) -> Work:
+        """Of all chunks together; each moves the weights and the states before it again."""
+        ends = [*range(chunk, length, chunk), length] if (chunk := self.chunk) else [length]
+        parts = [work(model, self.batch_size, end - start, end) for start, end in pairwise([0, *ends])]
+        return Work(sum(p.flops for p in parts), sum(p.bytes for p in parts), parts[-1].state_bytes)
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,11 @@ def followers_of(model: PreTrainedModel) -> int:
     return sum(len(block) - 1 for block in getattr(model.config, "superblocks", None) or ())
 
 
+def head_dim(config: PretrainedConfig) -> int:
+    """Coordinates of an attention head, which not every configuration names."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def work(model: PreTrainedModel, batch: int, queries: int, keys: int) -> Work:
     """
     Of a forward of `queries` new tokens a sequence whose last one sees `keys` positions, logits for one of them.
@@ -40,7 +45,6 @@ def work(model: PreTrainedModel, batch: int, queries: int, keys: int) -> Work:
     see and keep no more than it. Of a mixture's experts each token needs its few, and a batch no more than all.
     """
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     rest = [p for p in model.parameters() if p is not embedding and p is not head]
@@ -57,10 +61,10 @@ def work(model: PreTrainedModel, batch: int, queries: int, keys: int) -> Work:
         products += (1 if follows and queries == 1 else 2) * seen
         states += (1 if follows else 2) * min(keys, window or keys)
     flops = 2 * batch * (queries * (linear + active * experts) + head.numel())
-    flops += 2 * batch * queries * config.num_attention_heads * head_dim * products
+    flops += 2 * batch * queries * config.num_attention_heads * head_dim(config) * products
     size = embedding.dtype.itemsize
     key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    state_bytes = size * states * key_value_heads * head_dim * batch
+    state_bytes = size * states * key_value_heads * head_dim(config) * batch
     moved = linear + head.numel() + min(1, active * batch * queries) * experts
     return Work(int(flops), size * int(moved) + state_bytes, state_bytes)
 

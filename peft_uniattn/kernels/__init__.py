@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -22,8 +23,10 @@ MODES = ("auto", "off", "triton")
 # 64 us for a follower). Without a compiled graph, that is lost where the values are smaller than this many bytes.
 _WORTH_LAUNCHING = 256 * 2**20
 
-# Weighing the tiles of a shorter prompt takes longer than skipping saves.
-_WORTH_SKIPPING = 8192
+# Weighing the tiles of a shorter prompt takes longer than skipping saves, and fewer queries do not fill a GPU.
+_WORTH_SKIPPING, _WORTH_WEIGHING = 8192, 1024
+# The tiles of larger heads have not been timed.
+_TIMED_HEAD_DIM = 128
 
 
 def use(mode: str | None) -> None:
@@ -62,15 +65,18 @@ def lead(
     scaling: float | None,
     causal: bool,
     configured: tuple[str | None, float] = (None, 0.0),
+    once: Callable[[Callable, torch.Tensor], Any] = lambda function, tensor: function(tensor),
 ) -> tuple[torch.Tensor, Any] | None:
     """
     A leader's attention without autograd by fused kernels.
 
     Args:
-        query, key, value, mask: see `naive`.
+        query, key, value: see `naive`.
+        mask: what each query sees, (1 or batch, 1, query length, key length), or None.
         scaling: default head_dim ** -0.5.
-        causal: whether, of several query positions without a mask, position i sees the keys 0 ... i.
+        causal: whether, of several queries without a mask, query i sees the keys 0 ... i, rather than all.
         configured: mode and skip_mass of the model's configuration.
+        once: calls a function of the mask, or returns what it gave for the same mask earlier in this forward pass.
 
     Returns:
         output (batch, query length, query heads, head_dim) and the shared softmax, whose `apply(value)` gives a
@@ -84,9 +90,14 @@ def lead(
         options = {"span": span, "scaling": scaling, "skip_mass": configured[1]}
         output, shared = decode.leader_decode(query, key, value, mask, **options)
         return output.transpose(1, 2), shared
-    if causal and mask is None and (prefill := prefill_kernels(query, key, value, configured[1], mode)) is not None:
-        return prefill.leader_prefill(query, key, value, scaling=scaling, skip_mass=configured[1])
-    return None
+    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode)) is None:
+        return None
+    if mask is None and not causal:
+        return None
+    offset = 0 if mask is None else once(prefill.causal_offset, mask)
+    if offset is None or (mode == "auto" and offset + query.shape[2] < _WORTH_SKIPPING):
+        return None
+    return prefill.leader_prefill(query, key, value, offset=offset, scaling=scaling, skip_mass=configured[1])
 
 
 def decode_kernels(
@@ -112,24 +123,31 @@ def decode_kernels(
 
 
 def prefill_kernels(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, skip_mass: float, mode: str | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    skip_mass: float,
+    mode: str | None = None,
 ) -> ModuleType | None:
     """
-    What lets the followers of a prompt skip tiles: the module `prefill`, or None.
+    What may let the followers of a prompt, or of a chunk of one, skip tiles: the module `prefill`, or None.
 
     Without skipping there is none: a follower's recomputation by the model's own fused attention was the fastest at
     every length that was measured.
 
-    Args: see `naive`, which says what is computed; `mode` defaults to this process's.
+    Args: see `lead`; `mode` defaults to this process's. Judged by shapes and types: of a mask, the values decide.
     """
     mode = mode or _mode or "auto"
     if mode == "off" or not skip_mass or torch.compiler.is_compiling() or not _importable(mode):
         return None
-    if mode == "auto" and query.shape[2] < _WORTH_SKIPPING:
+    if mode == "auto" and (
+        key.shape[2] < _WORTH_SKIPPING or query.shape[2] < _WORTH_WEIGHING or query.shape[3] > _TIMED_HEAD_DIM
+    ):
         return None
     from . import prefill
 
-    return prefill if prefill.supports(query, key, value, None) else None
+    return prefill if prefill.supports(query, key, value, mask) else None
 
 
 @torch.compiler.assume_constant_result

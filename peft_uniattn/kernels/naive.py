@@ -3,7 +3,8 @@ The kernels' specification in plain PyTorch: what every kernel of this package h
 
 Shapes, here and in all of this package: query (batch, query heads, 1, head_dim), key and value (batch, key/value
 heads, length, head_dim) with any strides, probabilities (batch, query heads, 1, length), mask (1 or batch, 1, 1,
-length); for a prompt, queries and probabilities have `length` rows instead of one.
+length); for a prompt, queries and probabilities have `length` rows instead of one, and for a chunk of a prompt fewer:
+its queries are the last positions of the keys.
 Query head i reads key/value head i // (query heads / key/value heads). Made to run in float64 as well.
 """
 
@@ -79,11 +80,11 @@ def leader_prefill(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    A prompt's causal attention.
+    A prompt's causal attention, or that of its last positions.
 
     Returns:
-        output (batch, query heads, length, head_dim) in the type of `query`, and the natural logarithms of the
-        softmax's denominators (batch, query heads, length) in float32 or better.
+        output (batch, query heads, query length, head_dim) in the type of `query`, and the natural logarithms of the
+        softmax's denominators (batch, query heads, query length) in float32 or better.
     """
     scores = _causal_scores(query, key, scaling)
     output = _weighted(torch.softmax(scores, dim=-1), value)
@@ -104,11 +105,11 @@ def follower_prefill(
     Args:
         query, key: of the leader.
         value: the follower's own value states.
-        visible: boolean, broadcastable to (batch, query heads, length, length): what is not left out of s. What is
-            left out is not made up for: rows then add up to less than 1.
+        visible: boolean, broadcastable to (batch, query heads, query length, length): what is not left out of s. What
+            is left out is not made up for: rows then add up to less than 1.
 
     Returns:
-        (batch, length, query heads, head_dim) in the type of `value`.
+        (batch, query length, query heads, head_dim) in the type of `value`.
     """
     probabilities = torch.softmax(_causal_scores(query, key, scaling), dim=-1)
     if visible is not None:
@@ -117,12 +118,13 @@ def follower_prefill(
 
 
 def _causal_scores(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    _, query_heads, length, head_dim = query.shape
+    _, query_heads, rows, head_dim = query.shape
+    length = key.shape[2]
     scaling = head_dim**-0.5 if scaling is None else scaling
     precise = torch.promote_types(torch.float32, query.dtype)
     key = key.to(precise).repeat_interleave(query_heads // key.shape[1], dim=1)
     scores = (query.to(precise) @ key.transpose(2, 3)) * scaling
-    hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    hidden = torch.ones(rows, length, dtype=torch.bool, device=query.device).triu(length - rows + 1)
     return scores.masked_fill(hidden, -torch.inf)
 
 

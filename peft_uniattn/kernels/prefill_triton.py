@@ -1,12 +1,14 @@
 """
-Triton kernels for a causal prompt: weigh the tiles of s, and s·V from some or all of them.
+Triton kernels for a causal prompt or a chunk of one: weigh the tiles of s, and s·V from some or all of them.
 
-Scores are divided into tiles of ROWS query positions and COLUMNS key positions (ROWS a multiple of COLUMNS). With the
+Scores are divided into tiles of ROWS queries and COLUMNS key positions (ROWS a multiple of COLUMNS). With the
 logarithms of the softmax's denominators at hand, which every fused attention can return, a tile of s is
 2^(scores - denominator): no maximum runs along, no tile waits for another.
 
-Only tiles on and below the diagonal exist. They are stored one after the other, query tile by query tile: those of
-query tile i begin at i (i + 1) / 2 · ROWS / COLUMNS.
+`length` queries stand at the positions offset, offset + 1, ...; tiles count from the first query and from key
+position 0, so that the diagonal may run through any place of a tile: it touches EDGE tiles of every query tile, those
+behind the ones that its rows see as a whole (`_whole`). Only tiles on and below the diagonal exist, and the last of
+them may lie behind the last key. They are stored one after the other, query tile by query tile (`_before`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,25 @@ def _place(tiles, HEADS: tl.constexpr):
     program = tl.program_id(0)
     pair = program // tiles
     return tiles - 1 - program % tiles, pair, pair // HEADS, pair % HEADS
+
+
+@triton.jit
+def _whole(tile, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many key tiles all rows of a query tile see as a whole."""
+    return (offset + tile * ROWS) // COLUMNS
+
+
+@triton.jit
+def _before(tile, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many key tiles the query tiles before this one see together; `launch.tiles_of` counts alike."""
+    return tile * tl.cdiv(offset, COLUMNS) + (tile * (tile + 1) // 2) * (ROWS // COLUMNS)
+
+
+@triton.jit
+def _visible(tile, other, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = offset + tile * ROWS + tl.arange(0, ROWS)
+    column = other * COLUMNS + tl.arange(0, COLUMNS)
+    return column[None, :] <= row[:, None]
 
 
 @triton.jit
@@ -46,14 +67,13 @@ def _load(
 
 @triton.jit
 def _probabilities(
-    query, key, denominator, scale, tile, other, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr
-):
+    query, key, denominator, scale, tile, other, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
     """One tile of s."""
     probabilities = tl.exp2(tl.dot(query, tl.trans(key)) * scale - denominator[:, None])
     if MASKED:
-        row = tile * ROWS + tl.arange(0, ROWS)
-        column = other * COLUMNS + tl.arange(0, COLUMNS)
-        probabilities = tl.where(column[None, :] <= row[:, None], probabilities, 0.0)
+        probabilities = tl.where(_visible(tile, other, offset, ROWS, COLUMNS), probabilities, 0.0)
     return probabilities
 
 
@@ -85,15 +105,13 @@ def _keep(
 
 @triton.jit
 def _attend(
-    query, key, value, maximum, total, accumulator, masses_ptr, scale, tile, other,
+    query, key, value, maximum, total, accumulator, masses_ptr, scale, tile, other, offset,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One tile of an online softmax; the logarithm of the tile's mass before normalisation is written per row."""
     scores = tl.dot(query, tl.trans(key)) * scale
     if MASKED:
-        row = tile * ROWS + tl.arange(0, ROWS)
-        column = other * COLUMNS + tl.arange(0, COLUMNS)
-        scores = tl.where(column[None, :] <= row[:, None], scores, float("-inf"))
+        scores = tl.where(_visible(tile, other, offset, ROWS, COLUMNS), scores, float("-inf"))
     highest = tl.maximum(maximum, tl.max(scores, 1))
     weights = tl.exp2(scores - highest[:, None])
     decay = tl.exp2(maximum - highest)
@@ -103,87 +121,104 @@ def _attend(
     return highest, total * decay + sums, accumulator
 
 
-@triton.jit(do_not_specialize=["length", "tiles"])
+@triton.jit(do_not_specialize=["length", "offset", "first", "tiles"])
 def lead(
     query, key, value, output_ptr, denominator_ptr, masses_ptr,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    length, tiles, scale,
+    length, offset, first, tiles, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TMA: tl.constexpr,
+    EDGE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one query tile, its denominators, and the logarithms (base 2) of the masses of its tiles."""
-    RATIO: tl.constexpr = ROWS // COLUMNS
+    """
+    Attention of one of the query tiles first ... first + tiles - 1, its denominators, and the logarithms (base 2) of
+    the masses of its tiles.
+    """
     tile, pair, batch, head = _place(tiles, HEADS)
+    masses_ptr += _masses(pair, tile, offset, first, tiles, ROWS, COLUMNS)
+    tile += first
+    keys = offset + length
     query = _load(query, query_batch, query_head, query_row, batch, head, tile, length, HEAD_DIM, ROWS, TMA)
-    masses_ptr += (pair.to(tl.int64) * (tiles * (tiles + 1) // 2) + tile * (tile + 1) // 2) * RATIO * ROWS
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for other in range(0, tile * RATIO):
-        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
+    whole = _whole(tile, offset, ROWS, COLUMNS)
+    for other in range(0, whole):
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA)
         states = _load(
-            value, value_batch, value_head, value_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA
+            value, value_batch, value_head, value_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA
         )
         maximum, total, accumulator = _attend(
-            query, block, states, maximum, total, accumulator, masses_ptr, scale, tile, other, ROWS, COLUMNS, False
-        )
-    for other in range(tile * RATIO, (tile + 1) * RATIO):
-        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
+            query, block, states, maximum, total, accumulator, masses_ptr, scale, tile, other, offset,
+            ROWS, COLUMNS, False,
+        )  # fmt: skip
+    for other in range(whole, whole + EDGE):
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA)
         states = _load(
-            value, value_batch, value_head, value_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA
+            value, value_batch, value_head, value_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA
         )
         maximum, total, accumulator = _attend(
-            query, block, states, maximum, total, accumulator, masses_ptr, scale, tile, other, ROWS, COLUMNS, True
-        )
+            query, block, states, maximum, total, accumulator, masses_ptr, scale, tile, other, offset,
+            ROWS, COLUMNS, True,
+        )  # fmt: skip
     row = tile * ROWS + tl.arange(0, ROWS)
     natural = (maximum + tl.log2(total)) * 0.6931471805599453
     tl.store(denominator_ptr + pair.to(tl.int64) * length + row, natural, mask=row < length)
     _write(output_ptr, accumulator / total[:, None], batch, head, tile, length, HEADS, HEAD_DIM, ROWS)
 
 
-@triton.jit(do_not_specialize=["length", "tiles"])
+@triton.jit
+def _masses(pair, tile, offset, first, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the masses of the query tile first + tile begin, in memory for those of `tiles` query tiles."""
+    start = _before(first, offset, ROWS, COLUMNS)
+    many = _before(first + tiles, offset, ROWS, COLUMNS) - start
+    return (pair.to(tl.int64) * many + _before(first + tile, offset, ROWS, COLUMNS) - start) * ROWS
+
+
+@triton.jit(do_not_specialize=["length", "offset", "first", "tiles", "width"])
 def heaviest(
-    masses_ptr, denominator_ptr, maxima_ptr, length, tiles,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr,
+    masses_ptr, denominator_ptr, maxima_ptr, length, offset, first, tiles, width,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Mass of each tile of one query tile in its heaviest row, from what `lead` has written."""
+    """Mass of each tile of one query tile in its heaviest row, from what `lead` has written for the same ones."""
     tile, pair, _, _ = _place(tiles, HEADS)
+    masses_ptr += _masses(pair, tile, offset, first, tiles, ROWS, COLUMNS)
+    tile += first
     denominator = _denominator(denominator_ptr, pair, tile, length, ROWS)
-    masses_ptr += (pair.to(tl.int64) * (tiles * (tiles + 1) // 2) + tile * (tile + 1) // 2) * RATIO * ROWS
-    maxima_ptr += (pair.to(tl.int64) * tiles + tile) * tiles * RATIO
-    for other in range(0, (tile + 1) * RATIO):
+    maxima_ptr += (pair.to(tl.int64) * tl.cdiv(length, ROWS) + tile) * width
+    for other in range(0, _whole(tile, offset, ROWS, COLUMNS) + EDGE):
         mass = tl.exp2(tl.load(masses_ptr + other * ROWS + tl.arange(0, ROWS)) - denominator)
         tl.store(maxima_ptr + other, tl.max(mass, 0))
 
 
-@triton.jit(do_not_specialize=["length", "tiles"])
+@triton.jit(do_not_specialize=["length", "offset", "tiles", "width"])
 def weigh(
     query, key, denominator_ptr, weights, scales_ptr, maxima_ptr,
-    query_batch, query_head, query_row, key_batch, key_head, key_row, length, tiles, scale,
+    query_batch, query_head, query_row, key_batch, key_head, key_row, length, offset, tiles, width, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STORE: tl.constexpr, MASS: tl.constexpr, TMA: tl.constexpr,
+    EDGE: tl.constexpr, STORE: tl.constexpr, MASS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The tiles of s for one query tile: stored (STORE), and how much the heaviest row of each holds (MASS)."""
-    RATIO: tl.constexpr = ROWS // COLUMNS
     tile, pair, batch, head = _place(tiles, HEADS)
+    keys = offset + length
     query = _load(query, query_batch, query_head, query_row, batch, head, tile, length, HEAD_DIM, ROWS, TMA)
     denominator = _denominator(denominator_ptr, pair, tile, length, ROWS)
-    first = (pair.to(tl.int64) * (tiles * (tiles + 1) // 2) + tile * (tile + 1) // 2) * RATIO
-    maxima_ptr += (pair.to(tl.int64) * tiles + tile) * tiles * RATIO
-    for other in range(0, tile * RATIO):
-        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
-        probabilities = _probabilities(query, block, denominator, scale, tile, other, ROWS, COLUMNS, False)
+    begin = pair.to(tl.int64) * _before(tiles, offset, ROWS, COLUMNS) + _before(tile, offset, ROWS, COLUMNS)
+    maxima_ptr += (pair.to(tl.int64) * tiles + tile) * width
+    whole = _whole(tile, offset, ROWS, COLUMNS)
+    for other in range(0, whole):
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA)
+        probabilities = _probabilities(query, block, denominator, scale, tile, other, offset, ROWS, COLUMNS, False)
         if MASS:
             tl.store(maxima_ptr + other, tl.max(tl.sum(probabilities, 1), 0))
         if STORE:
-            _keep(probabilities, weights, scales_ptr, first + other, ROWS, COLUMNS, STORE, TMA)
-    for other in range(tile * RATIO, (tile + 1) * RATIO):
-        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
-        probabilities = _probabilities(query, block, denominator, scale, tile, other, ROWS, COLUMNS, True)
+            _keep(probabilities, weights, scales_ptr, begin + other, ROWS, COLUMNS, STORE, TMA)
+    for other in range(whole, whole + EDGE):
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA)
+        probabilities = _probabilities(query, block, denominator, scale, tile, other, offset, ROWS, COLUMNS, True)
         if MASS:
             tl.store(maxima_ptr + other, tl.max(tl.sum(probabilities, 1), 0))
         if STORE:
-            _keep(probabilities, weights, scales_ptr, first + other, ROWS, COLUMNS, STORE, TMA)
+            _keep(probabilities, weights, scales_ptr, begin + other, ROWS, COLUMNS, STORE, TMA)
 
 
 @triton.jit
@@ -208,72 +243,73 @@ def _write(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length", "tiles"])
+@triton.jit(do_not_specialize=["length", "offset", "tiles", "width"])
 def recompute(
     query, key, value, denominator_ptr, output_ptr, kept_ptr, count_ptr,
     query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-    length, tiles, scale,
+    length, offset, tiles, width, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    KEPT: tl.constexpr, TMA: tl.constexpr,
+    EDGE: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """s·V of one query tile from the leader's queries and keys, of the listed tiles (KEPT) or of all."""
-    RATIO: tl.constexpr = ROWS // COLUMNS
     tile, pair, batch, head = _place(tiles, HEADS)
+    keys = offset + length
     query = _load(query, query_batch, query_head, query_row, batch, head, tile, length, HEAD_DIM, ROWS, TMA)
     denominator = _denominator(denominator_ptr, pair, tile, length, ROWS)
     place = pair.to(tl.int64) * tiles + tile
-    kept_ptr += place * tiles * RATIO
-    count = (tile + 1) * RATIO
+    kept_ptr += place * width
+    count = _whole(tile, offset, ROWS, COLUMNS) + EDGE
     if KEPT:
         count = tl.load(count_ptr + place)
     # The list is in order, so that only its last entries can touch the diagonal.
-    free = tl.maximum(count - RATIO, 0)
+    free = tl.maximum(count - EDGE, 0)
     accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for index in range(0, free):
         other = _listed(kept_ptr, index, KEPT)
-        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
-        probabilities = _probabilities(query, block, denominator, scale, tile, other, ROWS, COLUMNS, False)
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA)
+        probabilities = _probabilities(query, block, denominator, scale, tile, other, offset, ROWS, COLUMNS, False)
         states = _load(
-            value, value_batch, value_head, value_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA
+            value, value_batch, value_head, value_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA
         )
         accumulator = tl.dot(probabilities.to(states.dtype), states, accumulator)
     for index in range(free, count):
         other = _listed(kept_ptr, index, KEPT)
-        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA)
-        probabilities = _probabilities(query, block, denominator, scale, tile, other, ROWS, COLUMNS, True)
+        block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA)
+        probabilities = _probabilities(query, block, denominator, scale, tile, other, offset, ROWS, COLUMNS, True)
         states = _load(
-            value, value_batch, value_head, value_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA
+            value, value_batch, value_head, value_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA
         )
         accumulator = tl.dot(probabilities.to(states.dtype), states, accumulator)
     _write(output_ptr, accumulator, batch, head, tile, length, HEADS, HEAD_DIM, ROWS)
 
 
-@triton.jit(do_not_specialize=["length", "tiles"])
+@triton.jit(do_not_specialize=["length", "offset", "tiles", "width"])
 def stream(
-    weights, scales_ptr, value, output_ptr, kept_ptr, count_ptr, value_batch, value_head, value_row, length, tiles,
+    weights, scales_ptr, value, output_ptr, kept_ptr, count_ptr, value_batch, value_head, value_row,
+    length, offset, tiles, width,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SCALED: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
+    EDGE: tl.constexpr, SCALED: tl.constexpr, KEPT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """s·V of one query tile from stored tiles, of the listed ones (KEPT) or of all."""
-    RATIO: tl.constexpr = ROWS // COLUMNS
     tile, pair, batch, head = _place(tiles, HEADS)
-    first = (pair.to(tl.int64) * (tiles * (tiles + 1) // 2) + tile * (tile + 1) // 2) * RATIO
+    keys = offset + length
+    begin = pair.to(tl.int64) * _before(tiles, offset, ROWS, COLUMNS) + _before(tile, offset, ROWS, COLUMNS)
     place = pair.to(tl.int64) * tiles + tile
-    kept_ptr += place * tiles * RATIO
-    count = (tile + 1) * RATIO
+    kept_ptr += place * width
+    count = _whole(tile, offset, ROWS, COLUMNS) + EDGE
     if KEPT:
         count = tl.load(count_ptr + place)
     here = tl.arange(0, ROWS)
     accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for index in range(0, count):
         other = _listed(kept_ptr, index, KEPT)
-        line = (first + other) * ROWS
+        line = (begin + other) * ROWS
         if TMA:
             tile_of_s = weights.load([line.to(tl.int32), 0])
         else:
             tile_of_s = tl.load(weights + (line + here)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
         states = _load(
-            value, value_batch, value_head, value_row, batch, head // GROUP, other, length, HEAD_DIM, COLUMNS, TMA
+            value, value_batch, value_head, value_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA
         )
         if SCALED:
             scale = tl.load(scales_ptr + line + here)

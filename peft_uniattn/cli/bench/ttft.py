@@ -34,6 +34,9 @@ def ttft(
     skip_mass: SkipMass = 0.0,
     kept: Kept = None,
     back_end: BackEnd = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt at once, with a growing cache. Default: all.", min=2)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed forwards of every contender.", min=1)] = 7,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -56,9 +59,10 @@ def ttft(
         from .report import finish, print_card, print_contenders
 
         models = Models(shape, model, superblock_size, start_layer, rank, dtype, device, seed, tuple(back_end or ()))
-        benchmark = TtftBenchmark(models, tuple(length or [8192]), batch_size, skip_mass, kept, rounds)
+        benchmark = TtftBenchmark(models, tuple(length or [8192]), batch_size, skip_mass, kept, rounds, chunk)
         result = benchmark.run()
         print_card(result, "Time to the first token")
         for row in result["lengths"]:
-            print_contenders(row, f"{batch_size} x {row['length']:,} tokens")
+            title = f"{batch_size} x {row['length']:,} tokens"
+            print_contenders(row, title if chunk is None else f"{title}, {chunk:,} at once")
         finish(result, output)
