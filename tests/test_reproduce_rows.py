@@ -245,6 +245,17 @@ def test_no_model_is_left(h2o_run):
     }
 
 
+def test_a_run_that_is_stopped_leaves_its_finished_rows_in_one_file(h2o_run, monkeypatch):
+    out, run, results, _ = h2o_run
+    whole = (out / "results.json").read_text()
+    monkeypatch.setattr(Reproduction, "_timed", None)  # whatever comes after the rows fails
+    (out / "results.json").unlink()
+    with pytest.raises(TypeError):
+        run.run()
+    assert [found.cell for found in Record.read(out / "results.json").results] == [found.cell for found in results]
+    (out / "results.json").write_text(whole)
+
+
 def test_what_is_there_is_not_run_again(h2o_run, monkeypatch):
     _, run, results, _ = h2o_run
     monkeypatch.setattr("peft_uniattn.reproduce.cell.TwoStageRun", None)

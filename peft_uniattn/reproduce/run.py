@@ -19,7 +19,7 @@ from ..training.arguments import Arguments, parse_arguments
 from ..training.journal import write_atomically
 from .cell import CellResult, Evaluation, run_cells, training_of
 from .findings import GROUPINGS, find
-from .matrix import STAGE1_SHARE, TABLES, Cell, cells
+from .matrix import STAGE1_SHARE, TABLES, Cell, Findings, cells
 from .plot import plot, plot_curves
 from .record import write_record
 from .table import notes, table
@@ -100,21 +100,28 @@ class Reproduction:
             for group in alike.values()
             if group[0].stages or seed == self.seeds[0]
         ]
-        results = {}
+        model = self.model or str(shared.model.model_name_or_path)
+        results: dict[tuple[str, int], CellResult] = {}
         with tqdm(total=sum(len(group) for group, _ in work), desc="reproducing", unit="row") as bar:
             for group in self._results(work):
                 for result in group:
                     results[result.cell, result.seed] = result
                     bar.set_postfix_str(f"{result.cell} {result.mean_accuracy:.1f} %")
                     bar.update()
-        ordered = [results[row.name, seed] for seed in self.seeds for row in rows if (row.name, seed) in results]
+                # After each, so that what a stopped run has finished stands in one file too.
+                ordered = [
+                    results[row.name, seed] for seed in self.seeds for row in rows if (row.name, seed) in results
+                ]
+                self._write(ordered, found, model)
         ordered = self._timed(ordered, rows, shared)
-        model = self.model or str(shared.model.model_name_or_path)
-        write_record(self.directory / "results.json", ordered, model=model, command=self.command, findings=found)
-        write_atomically(self.directory / "table.md", f"{table(ordered)}\n\n{notes(ordered)}\n")
+        self._write(ordered, found, model)
         plot(ordered, self.directory / "accuracy.svg", caption=self._caption(ordered))
         plot_curves(ordered, self.directory / "curves.svg", caption=self._caption(ordered))
         return ordered
+
+    def _write(self, results: Sequence[CellResult], found: Findings, model: str) -> None:
+        write_record(self.directory / "results.json", results, model=model, command=self.command, findings=found)
+        write_atomically(self.directory / "table.md", f"{table(results)}\n\n{notes(results)}\n")
 
     def _results(self, work: Sequence[tuple[tuple[Cell, ...], int]]) -> Iterator[list[CellResult]]:
         run = partial(
