@@ -32,9 +32,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Warnings are errors, and so are broken links; nothing is fetched.
+# Warnings are errors, and so are broken links; nothing is fetched. Pages of results are made from the raw files first.
 .PHONY: docs
 docs: $(VENV)/docs
+	$(BIN)/python docs/make_results_pages.py
 	$(BIN)/mkdocs build --strict --quiet
 	@echo "built: build/site/index.html"
 

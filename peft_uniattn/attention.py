@@ -135,10 +135,14 @@ def _fused(
         return None
     configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
     causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    followers = handover.followers or _followers(config, module.layer_idx)
-    options = {"causal": causal, "configured": configured, "followers": followers, "once": handover.once}
-    return lead(query, key, value, mask, scaling=kwargs.get("scaling"), **options)
+    options = {
+        "scaling": kwargs.get("scaling"),
+        "causal": getattr(module, "is_causal", True) if causal is None else causal,
+        "configured": configured,
+        "once": handover.once,
+        "followers": handover.followers or _followers(config, module.layer_idx),
+    }
+    return lead(query, key, value, mask, **options)
 
 
 def _followers(config: Any, leader_idx: int) -> int:

@@ -1,10 +1,11 @@
-"""Stands in for a row of a table that is trained in a process of its own: it notes the device that it was given."""
+"""Stands in for rows of a table that are trained in a process of their own: it notes the device that it was given."""
 
 import os
 
 
-def write_row(folder, cell, seed):
-    """Write a result, or return the one that is there, as a row does."""
+def write_row(folder, cells, seed):
+    """Write a result, or return the one that is there, as rows do."""
+    (cell,) = cells
     result = folder / f"{cell.name}-{seed}"
     if not result.exists():
         if cell.name == "broken":

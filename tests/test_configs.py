@@ -265,13 +265,20 @@ def test_arguments_of_another_method_are_refused(wrong):
         parse_arguments([*wrong, "--stages", "stage2", "--use_cpu", "true"])
 
 
+@pytest.mark.parametrize("name", ["choices", "medical"])
+def test_presets_for_reproduce_say_their_steps_and_keep_the_papers_batch(name):
+    training = parsed(f"smollm2-135m/{name}.yaml").training
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 48
+    assert training.max_steps > 0
+
+
 def test_every_preset_is_tested_by_name():
     named = {f"{model}/{data}.yaml" for model in SHAPES for data in DATA}
     named |= {
         f"{model}/{rival}-{half}.yaml" for model in LEARNING_RATES for rival in ("cla", "llmdrop") for half in CLA
     }
     named |= {f"llama-3.1-8b/{name}.yaml" for name in ("stage1-4bit", "stage2-8bit-adamw")}
-    assert set(PRESETS) == named | {"smollm2-135m/choices.yaml"}
+    assert set(PRESETS) == named | {"smollm2-135m/choices.yaml", "smollm2-135m/medical.yaml"}
 
 
 @pytest.fixture

@@ -213,6 +213,19 @@ class TestFormats:
         with pytest.raises(ValueError, match=r"exclude_ids=.*'id' or 'pubid'"):
             load(questions(3), exclude_ids=str(tmp_path / "test.json"))
 
+    def test_of_several_data_sets_those_without_ids_are_taken_whole(self, tokenizer, tmp_path):
+        (tmp_path / "test.json").write_text('["10"]')
+        by_id = {str(9 + index): row for index, row in enumerate(questions(2))}
+        (tmp_path / "by_id.json").write_text(json.dumps(by_id))
+        (tmp_path / "rows.json").write_text(json.dumps([{"question": "q", "answer": "other"}]))
+        arguments = DataArguments(
+            dataset_name=[str(tmp_path / "rows.json"), str(tmp_path / "by_id.json")],
+            exclude_ids=str(tmp_path / "test.json"),
+            test_size=0,
+        )
+        data = load_data(arguments, tokenizer, max_length=2000, seed=0)
+        assert sorted(answer for _, answer in texts(data.train, tokenizer)) == ["a0</s>", "other</s>"]
+
 
 class TestSources:
     @pytest.mark.parametrize(

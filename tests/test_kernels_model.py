@@ -183,33 +183,6 @@ def test_a_compiled_step_calls_the_kernels_in_one_graph(convert):
     assert "uniattn.decode_follower" in graphs[0]
 
 
-def test_compiled_layers_of_the_benchmark_call_the_kernels():
-    from peft_uniattn.bench.compiled import CompiledLayers
-    from peft_uniattn.bench.contenders import Models, running
-    from peft_uniattn.bench.decode import random_cache, shared_cache, without_masks
-
-    torch._dynamo.reset()
-    dtype = str(DTYPE).removeprefix("torch.")
-    base, unified = Models(shape="tiny", dtype=dtype, device=DEVICE, rank=4, superblock_size=2, start_layer=4).build()
-    cache = shared_cache(unified, random_cache(base, 2, 300, seed=0))
-    token = torch.tensor([[3], [4]], device=DEVICE)
-    found = []
-    for options in ({}, {"kernels": "triton", "skip_mass": 0.01}):
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(0)
-        graphs = []
-        compiled = CompiledLayers(
-            unified, cache, lambda graph, inputs, graphs=graphs: (graphs.append(graph), graph)[1]
-        )
-        with running(unified, "sdpa" if INTERPRETED else "sdpa flash", **options), without_masks(), compiled.running():
-            found.append(unified(token, past_key_values=cache).logits.double())
-        text = "".join(str(graph.graph) for graph in graphs)
-        for operator in ("decode_leader", "decode_select", "decode_follower"):
-            assert (f"uniattn.{operator}" in text) == bool(options)
-    # Nothing can be left out of random attention but rounding.
-    assert (found[1] - found[0]).norm() / found[0].norm() < 0.02
-
-
 @pytest.fixture
 def prompts(monkeypatch):
     """What the prefill kernels are called for: (queries, position of the first one)."""
@@ -260,3 +233,30 @@ def test_padded_and_windowed_chunks_are_left_to_the_back_end(family, changes, pa
     assert prompts == []
     off = build(family=family, kernels="off", **changes)
     assert torch.equal(logits, generated(off, prompt(length=70), mask, **options)[1])
+
+
+def test_compiled_layers_of_the_benchmark_call_the_kernels():
+    from peft_uniattn.bench.compiled import CompiledLayers
+    from peft_uniattn.bench.contenders import Models, running
+    from peft_uniattn.bench.decode import random_cache, shared_cache, without_masks
+
+    torch._dynamo.reset()
+    dtype = str(DTYPE).removeprefix("torch.")
+    base, unified = Models(shape="tiny", dtype=dtype, device=DEVICE, rank=4, superblock_size=2, start_layer=4).build()
+    cache = shared_cache(unified, random_cache(base, 2, 300, seed=0))
+    token = torch.tensor([[3], [4]], device=DEVICE)
+    found = []
+    for options in ({}, {"kernels": "triton", "skip_mass": 0.01}):
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(0)
+        graphs = []
+        compiled = CompiledLayers(
+            unified, cache, lambda graph, inputs, graphs=graphs: (graphs.append(graph), graph)[1]
+        )
+        with running(unified, "sdpa" if INTERPRETED else "sdpa flash", **options), without_masks(), compiled.running():
+            found.append(unified(token, past_key_values=cache).logits.double())
+        text = "".join(str(graph.graph) for graph in graphs)
+        for operator in ("decode_leader", "decode_select", "decode_follower"):
+            assert (f"uniattn.{operator}" in text) == bool(options)
+    # Nothing can be left out of random attention but rounding.
+    assert (found[1] - found[0]).norm() / found[0].norm() < 0.02

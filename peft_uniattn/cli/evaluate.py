@@ -28,6 +28,9 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the choice of examples.")] = 0,
+    h2o_budget: Annotated[
+        float | None, typer.Option(help="Share of the tokens that H2O keeps in the cache while answers are scored.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write lm-eval's results here, as JSON.")] = None,
 ) -> None:
     """
@@ -43,10 +46,13 @@ def evaluate(
 
         from ..evaluation import evaluate as run
         from ..evaluation import load_for_evaluation, task_specs, write_results
+        from ..eviction.budget import Budget
 
         transformers.logging.set_verbosity_error()
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         # Before the model, whose loading takes much longer.
+        if h2o_budget is not None:
+            Budget(h2o_budget)
         task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
         loaded, tokenizer = load_for_evaluation(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         results = run(
@@ -60,6 +66,7 @@ def evaluate(
             max_length=max_length,
             limit=limit,
             seed=seed,
+            h2o_budget=h2o_budget,
         )
         typer.echo(make_table(results))
         if output is not None:

@@ -18,7 +18,7 @@ def reproduce(
     context: typer.Context,
     output_dir: Annotated[Path, typer.Option(help="Where results, table and plot go.")],
     tables: Annotated[
-        str, typer.Option(help="Of main, ablation, designs, grouping, number, size; separated by commas.")
+        str, typer.Option(help="Of main, ablation, h2o, designs, grouping, number, size; separated by commas.")
     ] = "main",
     seeds: Annotated[str, typer.Option(help="Seeds of every row, separated by commas.")] = "0",
     tasks: Annotated[str, typer.Option(help="What to evaluate on, as in peft-uniattn eval.")] = (
@@ -29,12 +29,24 @@ def reproduce(
     ] = None,
     prompt: Annotated[str, typer.Option(help="paper, as the rows are trained, or official.")] = "paper",
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each set.", min=1)] = None,
-    stage1_share: Annotated[float, typer.Option(help="Share of the steps for stage 1; 0 leaves it out.")] = 0.05,
+    stage1_share: Annotated[
+        float, typer.Option(help="Share of the steps for stage 1; 0 leaves it out of all rows but two-stage.")
+    ] = 0.05,
     grouping: Annotated[
         str, typer.Option(help="fixed: Superblocks as given; error: those of least error with as many followers.")
     ] = "fixed",
     jobs: Annotated[int, typer.Option(help="Rows at a time; on several GPUs they take turns.", min=1)] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every adapter and model.")] = False,
+    model_name: Annotated[
+        str | None, typer.Option(help="Honest name of the base in results.json. Default: model_name_or_path.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests per forward pass of the evaluation.", min=1)] = 32,
+    ttft_prompts: Annotated[
+        int | None, typer.Option(help="Prompts at a time for the time to the first token. Default: 16; 1 without GPU.")
+    ] = None,
+    ttft_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each; 0: no times. Default: 2,048; 512 without a GPU.")
+    ] = None,
 ) -> None:
     """
     Train and evaluate every row of the paper's tables: the base, plain post-training, UniAttn and its rivals.
@@ -49,6 +61,7 @@ def reproduce(
         from ..reproduce import Reproduction
         from ..reproduce.cell import Evaluation
         from ..reproduce.table import table
+        from ..reproduce.ttft import Prompts
 
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
         task_specs(names, data_dir=data_dir, prompt=prompt)
@@ -57,11 +70,16 @@ def reproduce(
             argv=tuple(context.args),
             tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
             seeds=tuple(int(seed) for seed in seeds.split(",")),
-            evaluation=Evaluation(names, None if data_dir is None else str(data_dir), prompt=prompt, limit=limit),
+            evaluation=Evaluation(
+                names, None if data_dir is None else str(data_dir), prompt=prompt, batch_size=batch_size, limit=limit
+            ),
             stage1_share=stage1_share,
             grouping=grouping,
             jobs=jobs,
             keep_models=keep_models,
+            prompts=Prompts(ttft_prompts, ttft_tokens),
+            command=shlex.join(["peft-uniattn", *sys.argv[1:]]),
+            model=model_name,
         )
         typer.echo(table(run.run()))
-        typer.echo(f"saved: {output_dir}/table.md, {output_dir}/accuracy.svg")
+        typer.echo(f"saved: {output_dir}/results.json, table.md, accuracy.svg, curves.svg")

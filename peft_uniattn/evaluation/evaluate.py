@@ -16,7 +16,9 @@ from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ..eviction.budget import Budget
 from ..training.journal import write_atomically
+from .compressed import H2OLanguageModel
 from .tasks import PAPER_TASKS, task_manager, task_specs
 
 
@@ -32,6 +34,7 @@ def evaluate(
     max_length: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    h2o_budget: float | None = None,
 ) -> dict[str, Any]:
     """
     Accuracy of `model` by lm-eval, as lm-eval's own dictionary of results.
@@ -47,15 +50,21 @@ def evaluate(
         max_length: longest input in tokens; default what the model was made for.
         limit: ask only the first so many questions of each set.
         seed: of the choice of examples.
+        h2o_budget: decode with an [`H2OCache`] that keeps this share of the tokens; None keeps all.
 
     Raises:
-        ValueError: for unknown tasks, or examples that there are no training data for.
+        ValueError: for unknown tasks, examples that there are no training data for, a budget out of range, or one for
+            a model or task that H2O cannot be measured on.
         FileNotFoundError: if a published file is missing in `data_dir`.
     """
     if num_fewshot < 0:
         raise ValueError(f"num_fewshot={num_fewshot} must be 0 or more")
     specs = task_specs(tasks, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    options = {"pretrained": model, "tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
+    if h2o_budget is None:
+        language_model = HFLM(**options)
+    else:
+        language_model = H2OLanguageModel(budget=Budget(h2o_budget).budget, **options)
     training = model.training
     try:
         results = lm_eval.simple_evaluate(

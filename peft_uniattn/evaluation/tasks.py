@@ -18,8 +18,16 @@ PROMPTS = ("official", "paper")
 PAPER_TASKS = ("pubmedqa", "medmcqa", "medqa_4options", "social_iqa", "commonsense_qa")
 
 # The same questions without letters: the answer's own text is scored, by its log-likelihood per character. Models too
-# small to name a letter are near chance on the official definitions.
+# small to name a letter are near chance on the official definitions. PubMedQA's answers are words already and scored
+# as in the official definition; its cloze task is there for the paper's prompt.
 CLOZE_TASKS: dict[str, dict[str, Any]] = {
+    "pubmedqa_cloze": {
+        "doc_to_text": "Abstract: {{CONTEXTS|join('\n')}}\nQuestion: {{QUESTION}}\nAnswer:",
+        "doc_to_choice": ["yes", "no", "maybe"],
+        "doc_to_target": "final_decision",
+        "test_split": "test",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    },
     "social_iqa_cloze": {
         "doc_to_text": "Q: {{context}} {{question}}\nA:",
         "doc_to_choice": "{{[answerA, answerB, answerC]}}",
@@ -51,6 +59,7 @@ _QUESTION = {
     "commonsense_qa": ("question",),
 }
 _HUB = {
+    "pubmedqa": {"dataset_path": "bigbio/pubmed_qa", "dataset_name": "pubmed_qa_labeled_fold0_source"},
     "social_iqa": {"dataset_path": "lighteval/siqa"},
     "commonsense_qa": {"dataset_path": "tau/commonsense_qa"},
     "medmcqa": {"dataset_path": "openlifescienceai/medmcqa"},
@@ -156,7 +165,8 @@ def _with_paper_prompt(spec: Any, name: str) -> Any:
 
 
 def _paper_prompt(doc: dict[str, Any], *, task: str) -> str:
-    return PAPER_PROMPT.format(instruction="", input=_joined(doc, task))
+    passages = "\n".join(doc["CONTEXTS"]) + "\n\n" if "CONTEXTS" in doc else ""
+    return PAPER_PROMPT.format(instruction="", input=passages + _joined(doc, task))
 
 
 def _cloze(name: str) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def lead(
     scaling: float | None,
     causal: bool,
     configured: tuple[str | None, float] = (None, 0.0),
-    followers: int = 1,
     once: Callable[[Callable, torch.Tensor], Any] = lambda function, tensor: function(tensor),
+    followers: int = 1,
 ) -> tuple[torch.Tensor, Any] | None:
     """
     A leader's attention without autograd by fused kernels.
@@ -83,8 +83,8 @@ def lead(
         scaling: default head_dim ** -0.5.
         causal: whether, of several queries without a mask, query i sees the keys 0 ... i, rather than all.
         configured: mode and skip_mass of the model's configuration.
-        followers: how many layers share this leader's softmax.
         once: calls a function of the mask, or returns what it gave for the same mask earlier in this forward pass.
+        followers: how many layers share this leader's softmax.
 
     Returns:
         output (batch, query length, query heads, head_dim) and the shared softmax, whose `apply(value)` gives a
@@ -103,7 +103,7 @@ def lead(
     if mask is None and not causal:
         return None
     offset = 0 if mask is None else once(prefill.causal_offset, mask)
-    if offset is None or (mode == "auto" and not _saves(offset + query.shape[2], followers)):
+    if offset is None or (mode == "auto" and not _pays(offset + query.shape[2], followers)):
         return None
     return prefill.leader_prefill(query, key, value, offset=offset, scaling=scaling, skip_mass=configured[1])
 
@@ -152,7 +152,7 @@ def prefill_kernels(
     if mode == "off" or not skip_mass or torch.compiler.is_compiling() or not _importable(mode):
         return None
     if mode == "auto" and (
-        query.shape[2] < _WORTH_WEIGHING or query.shape[3] > _TIMED_HEAD_DIM or not _saves(key.shape[2], followers)
+        not _pays(key.shape[2], followers) or query.shape[2] < _WORTH_WEIGHING or query.shape[3] > _TIMED_HEAD_DIM
     ):
         return None
     from . import prefill
@@ -160,9 +160,9 @@ def prefill_kernels(
     return prefill if prefill.supports(query, key, value, mask) else None
 
 
-def _saves(length: int, followers: int) -> bool:
-    """Whether so many followers make up for weighing the tiles of queries that see `length` keys."""
-    return any(length >= shortest and followers >= fewest for shortest, fewest in _WORTH_SKIPPING)
+def _pays(length: int, followers: int) -> bool:
+    """Whether so many followers of a prompt of so many visible positions save more than weighing its tiles costs."""
+    return any(length >= least and followers >= few for least, few in _WORTH_SKIPPING)
 
 
 @torch.compiler.assume_constant_result

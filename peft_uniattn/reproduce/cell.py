@@ -1,4 +1,4 @@
-"""One row of a table with one seed: train it by the recipe, evaluate what came out, keep the figures."""
+"""Rows of a table with one seed: train by the recipe, evaluate what came out, keep the figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 from ..evaluation import evaluate, load_for_evaluation
 from ..training.arguments import Arguments, parse_arguments
 from ..training.journal import write_atomically
-from ..training.receipt import environment, measured_kv_bytes_per_token
+from ..training.receipt import environment
 from ..training.two_stage import TwoStageRun
+from .curves import Curves, read_curves
+from .held import measure_kv_bytes
 from .matrix import Cell
 
 
@@ -48,13 +50,20 @@ class CellResult:
     Attributes:
         cell: name of the row.
         seed: of data order and everything random.
-        accuracy: of each task, in per cent; by length-normalised likelihood for cloze tasks.
-        kv_bytes: bytes of KV cache per token, measured.
+        accuracy: of each task, in per cent; by length-normalised likelihood for cloze tasks that have it.
+        kv_bytes: bytes of KV cache per token, measured after `kv_tokens` of them. H2O's scores and positions, up to 8
+            bytes a slot, are not among them.
         losses: held-out loss in nats per completion token, by step; empty for an untrained row.
         steps: optimizer steps by stage; calibration counts as the steps that read as many examples.
         seconds: of training and evaluation together.
         flags: what the recipe was told.
         environment: versions and hardware.
+        kv_tokens: how many tokens the cache had seen.
+        h2o_budget: share of them that H2O kept; None: there was no H2O.
+        curves: losses on the way, by series, see `read_curves`; empty where there are none.
+        ttft_ms: milliseconds from a prompt to the logits of its first new token, median; None: not measured.
+        ttft_base_ms: the unmodified base's, measured in turns with it.
+        ttft_conditions: prompts, their tokens, data type and timed rounds.
     """
 
     cell: str
@@ -66,6 +75,12 @@ class CellResult:
     seconds: float
     flags: list[str]
     environment: dict[str, str]
+    kv_tokens: int = 64
+    h2o_budget: float | None = None
+    curves: Curves = field(default_factory=dict)
+    ttft_ms: float | None = None
+    ttft_base_ms: float | None = None
+    ttft_conditions: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean_accuracy(self) -> float:
@@ -73,11 +88,16 @@ class CellResult:
 
     @classmethod
     def read(cls, path: Path) -> CellResult:
+        """A result from its file, also from one of an earlier release, which says less."""
         return cls(**json.loads(path.read_text()))
 
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(self)) + "\n")
 
-def run_cell(
-    cell: Cell,
+
+def run_cells(
+    cells: Sequence[Cell],
     seed: int,
     directory: Path,
     *,
@@ -85,59 +105,101 @@ def run_cell(
     evaluation: Evaluation,
     stage1_share: float,
     keep_models: bool = False,
-) -> CellResult:
+) -> list[CellResult]:
     """
-    Train and evaluate one row with one seed, or read its result if it is there already.
+    Train rows that are trained alike once, with one seed, and evaluate each, or read the results that are there.
 
     Every row gets the same number of optimizer steps, `max_steps` of `argv`: what calibration and stage 1 take of
     them, stage 2 goes without.
 
     Args:
-        cell: the row.
+        cells: rows of equal [`training_of`].
         seed: of data order and everything random.
-        directory: where the row's folder is; an interrupted run continues there.
+        directory: where the folder of the first row is; an interrupted run continues there.
         argv: arguments of the recipe that all rows share.
         evaluation: what is asked.
         stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out.
-        keep_models: leave adapter and model in the row's folder.
+        keep_models: leave adapter and model in the folder.
 
     Raises:
         ValueError: if `max_steps` is not among `argv`, or leaves stage 2 nothing to do.
     """
-    folder = directory / f"{cell.name}-{seed}"
-    result_file = folder.with_suffix(".json")
-    if result_file.exists():
-        return CellResult.read(result_file)
+    files = [directory / f"{cell.name}-{seed}.json" for cell in cells]
+    if all(file.exists() for file in files):
+        return [CellResult.read(file) for file in files]
+    folder = directory / f"{cells[0].name}-{seed}"
+    trained = _train(cells[0], seed, folder, argv=argv, stage1_share=stage1_share)
+    for cell, file in zip(cells, files, strict=True):
+        if not file.exists():
+            _evaluate(cell, seed, trained, evaluation).write(file)
+    if not keep_models:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [CellResult.read(file) for file in files]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A model on disk, and what its training leaves to say."""
+
+    path: str
+    dtype: str
+    flags: list[str]
+    steps: dict[str, int]
+    losses: dict[str, float]
+    curves: Curves
+    seconds: float
+
+
+def _train(cell: Cell, seed: int, folder: Path, *, argv: Sequence[str], stage1_share: float) -> _Trained:
     started = time.perf_counter()
     shared = parse_arguments([*argv, "--output_dir", str(folder)])
     steps = steps_of(cell, shared, stage1_share)
-    flags = [*argv, *_flags(cell, steps), "--seed", str(seed), "--output_dir", str(folder)]
-    losses: dict[str, float] = {}
+    flags = [*argv, *flags_of(cell, steps), "--seed", str(seed), "--output_dir", str(folder)]
+    path, losses, curves = str(shared.model.model_name_or_path), {}, {}
     if cell.stages:
         receipt = TwoStageRun(parse_arguments(flags)).run()
+        path = str(folder / ("plain" if cell.stages == ("none",) else "model"))
         losses = {name: loss for name, loss in receipt.losses.items() if loss is not None}
-    path = folder / ("plain" if cell.stages == ("none",) else "model") if cell.stages else None
-    model, tokenizer = load_for_evaluation(str(path or shared.model.model_name_or_path), dtype=str(shared.model.dtype))
-    accuracy = accuracies(evaluate(model, tokenizer, **asdict(evaluation)))
-    result = CellResult(
-        cell=cell.name,
-        seed=seed,
-        accuracy=accuracy,
-        kv_bytes=measured_kv_bytes_per_token(model),
-        losses=losses,
-        steps=steps,
-        seconds=time.perf_counter() - started,
+        curves = read_curves(folder / "journal.json", steps)
+    return _Trained(
+        path=path,
+        dtype=str(shared.model.dtype),
         flags=[flag for flag in flags if flag != str(folder)],
-        environment=environment(),
+        steps=steps,
+        losses=losses,
+        curves=curves,
+        seconds=time.perf_counter() - started,
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(result_file, json.dumps(asdict(result), indent=2) + "\n")
+
+
+def _evaluate(cell: Cell, seed: int, trained: _Trained, evaluation: Evaluation) -> CellResult:
+    started = time.perf_counter()
+    model, tokenizer = load_for_evaluation(trained.path, dtype=trained.dtype)
+    results = evaluate(model, tokenizer, **asdict(evaluation), h2o_budget=cell.h2o_budget)
+    kv_bytes, kv_tokens = measure_kv_bytes(model, h2o_budget=cell.h2o_budget)
     del model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not keep_models:
-        shutil.rmtree(folder, ignore_errors=True)
-    return result
+    return CellResult(
+        cell=cell.name,
+        seed=seed,
+        accuracy=accuracies(results),
+        kv_bytes=kv_bytes,
+        losses=trained.losses,
+        steps=trained.steps,
+        seconds=trained.seconds + time.perf_counter() - started,
+        flags=trained.flags,
+        environment=environment(),
+        kv_tokens=kv_tokens,
+        h2o_budget=cell.h2o_budget,
+        curves=trained.curves,
+    )
+
+
+def training_of(cell: Cell, shared: Arguments, stage1_share: float) -> tuple[Any, ...]:
+    """What decides how a row is trained; rows in which it is equal need training only once."""
+    steps = steps_of(cell, shared, stage1_share)
+    return cell.flags, tuple(steps.items())
 
 
 def steps_of(cell: Cell, shared: Arguments, stage1_share: float) -> dict[str, int]:
@@ -158,8 +220,9 @@ def steps_of(cell: Cell, shared: Arguments, stage1_share: float) -> dict[str, in
     steps = {}
     if "calibrate" in cell.stages:
         steps["calibrate"] = -(-shared.recipe.calibration_examples // per_step)
-    if "stage1" in cell.stages and stage1_share > 0:
-        steps["stage1"] = max(1, round(stage1_share * total))
+    share = stage1_share or cell.stage1_share
+    if "stage1" in cell.stages and share:
+        steps["stage1"] = max(1, round(share * total))
     steps["stage2"] = total - sum(steps.values())
     if steps["stage2"] < 1:
         raise ValueError(f"max_steps={total} is used up before stage 2 ({steps}); use more, or a shorter stage 1")
@@ -170,13 +233,15 @@ def accuracies(results: dict[str, Any]) -> dict[str, float]:
     """Accuracy of each task in per cent, from lm-eval's results."""
     found = {}
     for task, metrics in results["results"].items():
-        metric = "acc_norm,none" if task.endswith("_cloze") else "acc,none"
+        normalised = task.endswith("_cloze") and "acc_norm,none" in metrics
+        metric = "acc_norm,none" if normalised else "acc,none"
         if metric in metrics:
             found[task] = 100 * metrics[metric]
     return found
 
 
-def _flags(cell: Cell, steps: dict[str, int]) -> list[str]:
+def flags_of(cell: Cell, steps: dict[str, int]) -> list[str]:
+    """What `peft-uniattn train` is told of a row, given the steps of its stages."""
     stages = [stage for stage in cell.stages if stage != "stage1" or "stage1" in steps]
     flags = [*cell.flags, "--stages", ",".join(stages)]
     if "stage1" in steps:

@@ -66,14 +66,15 @@ def find(
     def chosen(followers: int) -> Plan:
         return replace(plan, superblocks=as_blocks(choose_superblocks(model, loader(), followers=followers)))
 
+    given = None
     if grouping == "error":
-        followers = len(plan.followers)
+        given, followers = plan, len(plan.followers)
         plan, half = chosen(followers), chosen(-(-followers // 2))
     else:
         half = half_of(plan)
-    found = Findings(plan, half, measure_attention_similarity(model, loader()))
+    found = Findings(plan, half, measure_attention_similarity(model, loader()), given=given)
     if "grouping" in tables:
-        for followers in _numbers_of_followers(plan):
+        for followers in _numbers_of_followers(found.fixed):
             found.by_error[followers] = choose_superblocks(model, loader(), followers=followers)
             found.by_similarity[followers] = choose_superblocks(
                 model, loader(), followers=followers, method="similarity"
@@ -103,10 +104,13 @@ def _read(path: Path) -> Findings:
         name: {int(followers): blocks for followers, blocks in content[name].items()}
         for name in ("by_error", "by_similarity")
     }
-    plan, half = (
-        Plan(as_blocks(content[name]["superblocks"]), content[name]["num_layers"]) for name in ("plan", "half")
-    )
-    return Findings(plan, half, content["similarity"], **numbered)
+    # `given` came later than the others, and is often not there.
+    plans = {
+        name: Plan(as_blocks(content[name]["superblocks"]), content[name]["num_layers"])
+        for name in ("plan", "half", "given")
+        if content.get(name)
+    }
+    return Findings(similarity=content["similarity"], **plans, **numbered)
 
 
 def as_blocks(superblocks: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

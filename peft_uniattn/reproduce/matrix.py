@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..compensation import DESIGNS, NONE
 from ..plan import Plan
@@ -12,6 +12,10 @@ from ..training.arguments import STAGES
 
 # Superblock sizes whose number of followers divides 12 (Figure 4, right).
 SIZES = (2, 3, 4, 5, 7, 13)
+# Per cent of the tokens that H2O evicts (Table 3).
+EVICTED = (20, 40, 60)
+# Share of the steps for stage 1.
+STAGE1_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,15 @@ class Cell:
         name: what the row is called, and its folder.
         flags: what `peft-uniattn train` is told beyond what all rows share.
         stages: what of the recipe is run. ("none",) fine-tunes the unmodified base, () trains nothing at all.
+        stage1_share: share of the steps for stage 1 where the run leaves it out of all other rows; None: none.
+        h2o_budget: share of the tokens that H2O keeps in the cache when the row is evaluated; None keeps all.
     """
 
     name: str
     flags: tuple[str, ...] = ()
     stages: tuple[str, ...] = ("stage2",)
+    stage1_share: float | None = None
+    h2o_budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Findings:
         similarity: cosine similarity of the input and output of every layer's attention, bottom to top.
         by_error: for numbers of followers, the Superblocks of least calibration error.
         by_similarity: for numbers of followers, the Superblocks of most similar softmax activations.
+        given: the Superblocks that the arguments mean, where `plan` has been chosen in their place; else None.
     """
 
     plan: Plan
@@ -48,6 +57,12 @@ class Findings:
     similarity: Sequence[float]
     by_error: dict[int, list[list[int]]] = field(default_factory=dict)
     by_similarity: dict[int, list[list[int]]] = field(default_factory=dict)
+    given: Plan | None = None
+
+    @property
+    def fixed(self) -> Plan:
+        """The Superblocks that the arguments mean."""
+        return self.given or self.plan
 
 
 def cells(table: str, found: Findings) -> list[Cell]:
@@ -101,7 +116,18 @@ def _ablation(found: Findings) -> list[Cell]:
         Cell("no-compensation", (*plan, "--compensation", NONE)),
         Cell("zero-init", (*plan, "--zero_init", "true")),
         Cell("calibrated", plan, ("calibrate", "stage2")),
-        uniattn("uniattn", found.plan.superblocks),
+        # What stage 1 brings is asked here also where the other rows go without it.
+        Cell("two-stage", plan, STAGES, stage1_share=STAGE1_SHARE),
+    ]
+
+
+def _h2o(found: Findings) -> list[Cell]:
+    """Table 3: H2O on top of plain post-training and of UniAttn; each model is trained once."""
+    trained = [POST_TRAIN, uniattn("uniattn", found.plan.superblocks)]
+    return [
+        replace(row, name=f"{row.name}+h2o-{evicted}", h2o_budget=(100 - evicted) / 100) if evicted else row
+        for row in trained
+        for evicted in (0, *EVICTED)
     ]
 
 
@@ -113,7 +139,7 @@ def _designs(found: Findings) -> list[Cell]:
 def _grouping(found: Findings) -> list[Cell]:
     """Table 9: fixed Superblocks from the top down, grouped by similarity, and chosen by calibration error."""
     rows = []
-    blocks = found.plan.superblocks
+    blocks = found.fixed.superblocks
     for count in range(1, len(blocks) + 1):
         kept = blocks[len(blocks) - count :]
         followers = sum(len(block) - 1 for block in kept)
@@ -127,8 +153,8 @@ def _grouping(found: Findings) -> list[Cell]:
 
 def _number(found: Findings) -> list[Cell]:
     """Figure 4, left: the number of Superblocks, from the top down to the bottom of the model."""
-    size = len(found.plan.superblocks[-1])
-    top = found.plan.superblocks[-1][-1] + 1
+    size = len(found.fixed.superblocks[-1])
+    top = found.fixed.superblocks[-1][-1] + 1
     starts = range(top - size, -1, -size)
     return [
         uniattn(f"number-{count}", [range(first, first + size) for first in starts[:count]][::-1])
@@ -138,7 +164,7 @@ def _number(found: Findings) -> list[Cell]:
 
 def _size(found: Findings) -> list[Cell]:
     """Figure 4, right: the size of Superblocks at (about) the same number of followers, up to the top."""
-    followers, top = len(found.plan.followers), found.plan.superblocks[-1][-1] + 1
+    followers, top = len(found.fixed.followers), found.fixed.superblocks[-1][-1] + 1
     rows = []
     for size in SIZES:
         count = followers // (size - 1)
@@ -151,6 +177,7 @@ def _size(found: Findings) -> list[Cell]:
 TABLES: dict[str, Callable[[Findings], list[Cell]]] = {
     "main": _main,
     "ablation": _ablation,
+    "h2o": _h2o,
     "designs": _designs,
     "grouping": _grouping,
     "number": _number,

@@ -1,12 +1,22 @@
-"""Accuracy against the cache that is left, a point per row."""
+"""Pictures of a table: accuracy against the cache that is left, and losses on the way."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from .cell import CellResult
+from .curves import EVALUATIONS, HELD_OUT, TRAINING
+from .table import by_cell
+
+_MARKERS = "osD^vP*Xhp<>8d"
+_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+# Logged training losses that are averaged: a single one is of one batch.
+_SMOOTH = 5
 
 
 def plot(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
@@ -18,31 +28,80 @@ def plot(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
         path: where the picture goes; its ending decides the format.
         caption: the conditions, below the picture.
     """
+    with _figure(path, caption, size=(6.4, 4.4)) as (figure, (axes,)):
+        for (name, found), marker in zip(by_cell(results).items(), cycle(_MARKERS), strict=False):
+            means = [result.mean_accuracy for result in found]
+            axes.errorbar(
+                found[0].kv_bytes / 1024,
+                statistics.mean(means),
+                yerr=statistics.stdev(means) if len(means) > 1 else None,
+                fmt=marker,
+                capsize=3,
+                color="0.2",
+                label=name,
+            )
+        axes.set_xlabel("KV cache, KiB per token")
+        axes.set_ylabel("mean accuracy, %")
+        figure.legend(loc="outside right upper", fontsize="small")
+
+
+def plot_curves(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
+    """
+    Draw the losses of every row on the way, mean over seeds: in training (moving average of 5 logs) and held out.
+
+    Args:
+        results: of the rows; those without curves, and those that H2O was put on later, have no line.
+        path: where the picture goes; its ending decides the format.
+        caption: the conditions, below the picture.
+    """
+    trained = {
+        name: found for name, found in by_cell(results).items() if found[0].curves and found[0].h2o_budget is None
+    }
+    with _figure(path, caption, size=(9, 4.4), panels=2) as (figure, (left, right)):
+        for index, (name, found) in enumerate(trained.items()):
+            look = {
+                "color": f"{0.65 * index / max(1, len(trained) - 1):.2f}",
+                "linestyle": _LINES[index % len(_LINES)],
+                "linewidth": 1,
+            }
+            left.plot(*_smooth(_mean(found, TRAINING)), **look)
+            right.plot(*_mean(found, HELD_OUT), **look, marker=_MARKERS[index % len(_MARKERS)], ms=4, label=name)
+            right.plot(*_mean(found, EVALUATIONS), **{**look, "linewidth": 0.7})
+        left.set_ylabel("training loss, nats per token")
+        right.set_ylabel("held-out loss, nats per token")
+        for axes in (left, right):
+            axes.set_xlabel("optimizer steps, calibration counted")
+        if trained:
+            figure.legend(loc="outside right upper", fontsize="small")
+
+
+def _mean(found: Sequence[CellResult], series: str) -> tuple[list[int], list[float]]:
+    """Steps that every seed has, and the mean of their losses."""
+    curves = [dict(result.curves.get(series, ())) for result in found]
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return steps, [statistics.mean(curve[step] for curve in curves) for step in steps]
+
+
+def _smooth(curve: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
+    steps, losses = curve
+    return steps, [statistics.mean(losses[max(0, end - _SMOOTH) : end]) for end in range(1, len(losses) + 1)]
+
+
+@contextmanager
+def _figure(
+    path: Path, caption: str, *, size: tuple[float, float], panels: int = 1
+) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """A figure and its axes, saved at the end; the same every time it is made of the same figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    rows: dict[str, list[CellResult]] = {}
-    for result in results:
-        rows.setdefault(result.cell, []).append(result)
-    for index, (name, found) in enumerate(rows.items()):
-        means = [result.mean_accuracy for result in found]
-        error = statistics.stdev(means) if len(means) > 1 else None
-        marker = "osD^vP*Xhp<>8d"[index % 14]
-        axes.errorbar(
-            found[0].kv_bytes / 1024,
-            statistics.mean(means),
-            yerr=error,
-            fmt=marker,
-            capsize=3,
-            color="0.2",
-            label=name,
-        )
-    axes.set_xlabel("KV cache, KiB per token")
-    axes.set_ylabel("mean accuracy, %")
-    axes.legend(fontsize="small", ncols=2)
-    figure.supxlabel(caption, fontsize="x-small")
-    figure.savefig(path)
-    pyplot.close(figure)
+    with matplotlib.rc_context({"svg.hashsalt": "peft_uniattn", "svg.fonttype": "none", "font.size": 9}):
+        figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+        try:
+            yield figure, axes[0]
+            figure.supxlabel(caption, fontsize="x-small")
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        finally:
+            pyplot.close(figure)

@@ -6,21 +6,24 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..training.arguments import parse_arguments
+from ..training.arguments import Arguments, parse_arguments
 from ..training.journal import write_atomically
-from .cell import CellResult, Evaluation, run_cell, steps_of
+from .cell import CellResult, Evaluation, run_cells, training_of
 from .findings import GROUPINGS, find
-from .matrix import TABLES, Cell, cells
-from .plot import plot
-from .table import table
+from .matrix import STAGE1_SHARE, TABLES, Cell, Findings, cells
+from .plot import plot, plot_curves
+from .record import write_record
+from .table import notes, table
+from .ttft import Prompts, measure_ttft
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,14 @@ class Reproduction:
         tables: names of [`TABLES`].
         seeds: of every row.
         evaluation: what every row is asked.
-        stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out.
+        stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out of all but the row that
+            asks what it brings.
         grouping: "fixed" or "error", see `find`.
         jobs: rows at a time, each in a process of its own; on several GPUs they take turns.
         keep_models: leave adapters and models in the directory.
+        prompts: what times to the first token are measured on, when all rows are done.
+        command: what was called, for the record.
+        model: honest name of the base, for the record; default what the arguments name.
 
     Raises:
         ValueError: for unknown tables, no seeds, or shares and jobs out of range.
@@ -46,10 +53,13 @@ class Reproduction:
     tables: tuple[str, ...]
     seeds: tuple[int, ...]
     evaluation: Evaluation
-    stage1_share: float = 0.05
+    stage1_share: float = STAGE1_SHARE
     grouping: str = "fixed"
     jobs: int = 1
     keep_models: bool = False
+    prompts: Prompts = field(default_factory=Prompts)
+    command: str = "peft-uniattn reproduce"
+    model: str | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.tables if name not in TABLES]
@@ -66,7 +76,7 @@ class Reproduction:
 
     def run(self) -> list[CellResult]:
         """
-        Run what has not been run yet, and write `table.md` and `accuracy.svg`.
+        Run what has not been run yet; write `results.json`, `table.md`, `accuracy.svg` and `curves.svg`.
 
         Raises:
             ValueError: if training data hold evaluation questions, or arguments do not fit each other or the model.
@@ -80,24 +90,42 @@ class Reproduction:
             grouping=self.grouping,
         )
         rows = list({cell.name: cell for name in self.tables for cell in cells(name, found)}.values())
+        alike: dict[Any, list[Cell]] = {}
         for row in rows:
-            steps_of(row, shared, self.stage1_share)
+            alike.setdefault(training_of(row, shared, self.stage1_share), []).append(row)
         # One seed of all rows before the next, so that an early stop leaves a whole table. Untrained rows have one.
-        work = [(row, seed) for seed in self.seeds for row in rows if row.stages or seed == self.seeds[0]]
-        results = {}
-        with tqdm(total=len(work), desc="reproducing", unit="row") as bar:
-            for result in self._results(work):
-                results[result.cell, result.seed] = result
-                bar.set_postfix_str(f"{result.cell} {result.mean_accuracy:.1f} %")
-                bar.update()
-        ordered = [results[cell.name, seed] for cell, seed in work]
-        write_atomically(self.directory / "table.md", table(ordered) + "\n")
+        work = [
+            (tuple(group), seed)
+            for seed in self.seeds
+            for group in alike.values()
+            if group[0].stages or seed == self.seeds[0]
+        ]
+        model = self.model or str(shared.model.model_name_or_path)
+        results: dict[tuple[str, int], CellResult] = {}
+        with tqdm(total=sum(len(group) for group, _ in work), desc="reproducing", unit="row") as bar:
+            for group in self._results(work):
+                for result in group:
+                    results[result.cell, result.seed] = result
+                    bar.set_postfix_str(f"{result.cell} {result.mean_accuracy:.1f} %")
+                    bar.update()
+                # After each, so that what a stopped run has finished stands in one file too.
+                ordered = [
+                    results[row.name, seed] for seed in self.seeds for row in rows if (row.name, seed) in results
+                ]
+                self._write(ordered, found, model)
+        ordered = self._timed(ordered, rows, shared)
+        self._write(ordered, found, model)
         plot(ordered, self.directory / "accuracy.svg", caption=self._caption(ordered))
+        plot_curves(ordered, self.directory / "curves.svg", caption=self._caption(ordered))
         return ordered
 
-    def _results(self, work: Sequence[tuple[Cell, int]]) -> Iterator[CellResult]:
+    def _write(self, results: Sequence[CellResult], found: Findings, model: str) -> None:
+        write_record(self.directory / "results.json", results, model=model, command=self.command, findings=found)
+        write_atomically(self.directory / "table.md", f"{table(results)}\n\n{notes(results)}\n")
+
+    def _results(self, work: Sequence[tuple[tuple[Cell, ...], int]]) -> Iterator[list[CellResult]]:
         run = partial(
-            _run_cell,
+            _run_cells,
             directory=self.directory,
             argv=self.argv,
             evaluation=self.evaluation,
@@ -105,18 +133,32 @@ class Reproduction:
             keep_models=self.keep_models,
         )
         if self.jobs == 1:
-            yield from (run(cell, seed) for cell, seed in work)
+            yield from (run(group, seed) for group, seed in work)
             return
         devices: Queue[int] = Queue()
         for job in range(self.jobs):
             devices.put(job % max(1, torch.cuda.device_count()))
         with ThreadPoolExecutor(self.jobs) as pool:
-            rows = [pool.submit(_run_apart, devices, self.jobs, run, cell, seed) for cell, seed in work]
+            rows = [pool.submit(_run_apart, devices, self.jobs, run, group, seed) for group, seed in work]
             try:
                 for row in as_completed(rows):
                     yield row.result()
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _timed(self, results: Sequence[CellResult], rows: Sequence[Cell], shared: Arguments) -> list[CellResult]:
+        """Add the times to the first token to results without them, now that nothing else runs; also on disk."""
+        conditions = self.prompts.conditions(shared)
+        untimed = {result.cell for result in results if result.ttft_conditions != conditions}
+        if not conditions["tokens"] or not untimed:
+            return list(results)
+        times = measure_ttft(
+            [row for row in rows if row.name in untimed], self.argv, shared, self.stage1_share, conditions
+        )
+        timed = [replace(result, **times.get(result.cell, {})) for result in results]
+        for result in timed:
+            result.write(self.directory / f"{result.cell}-{result.seed}.json")
+        return timed
 
     def _caption(self, results: Sequence[CellResult]) -> str:
         trained = next((result for result in results if result.steps), results[0])
@@ -126,25 +168,30 @@ class Reproduction:
         )
 
 
-def _run_cell(cell: Cell, seed: int, **options: object) -> CellResult:
-    return run_cell(cell, seed, **options)
+def _run_cells(group: tuple[Cell, ...], seed: int, **options: object) -> list[CellResult]:
+    return run_cells(group, seed, **options)
 
 
-def _run_apart(devices: Queue[int], jobs: int, run: Callable[..., CellResult], cell: Cell, seed: int) -> CellResult:
-    """Run a row in a process of its own, on the next free device."""
+Run = Callable[..., list[CellResult]]
+
+
+def _run_apart(devices: Queue[int], jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> list[CellResult]:
+    """Run rows in a process of their own, on the next free device."""
     device = devices.get()
     try:
-        process = multiprocessing.get_context("spawn").Process(target=_on_device, args=(device, jobs, run, cell, seed))
+        process = multiprocessing.get_context("spawn").Process(
+            target=_on_device, args=(device, jobs, run, group, seed)
+        )
         process.start()
         process.join()
     finally:
         devices.put(device)
     if process.exitcode:
-        raise RuntimeError(f"row {cell.name!r} with seed {seed} failed; its own message is above")
-    return run(cell, seed)  # which reads the file that the process has written
+        raise RuntimeError(f"row {group[0].name!r} with seed {seed} failed; its own message is above")
+    return run(group, seed)  # which reads the files that the process has written
 
 
-def _on_device(device: int, jobs: int, run: Callable[..., CellResult], cell: Cell, seed: int) -> None:
+def _on_device(device: int, jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    run(cell, seed)
+    run(group, seed)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
 from .cell import CellResult
+
+# The row that the others are compared with, seed by seed.
+REFERENCE = "post-train"
 
 
 def table(results: Sequence[CellResult]) -> str:
     """
     A Markdown table: a row per cell in the order of their first results, mean ± standard deviation over seeds.
 
-    Accuracy in per cent, bytes of KV cache per token, held-out loss of the last step in nats per completion token.
+    Accuracy in per cent; bytes of KV cache per token; milliseconds to the first token, and in parentheses their ratio
+    to the base's in the same turns; the mean accuracy's difference from post-train with the same seed, ± its standard
+    error; held-out loss of the last step in nats per completion token.
 
     Raises:
         ValueError: if there are no results, or rows that were asked different things.
@@ -20,31 +26,87 @@ def table(results: Sequence[CellResult]) -> str:
     if not results:
         raise ValueError("there are no results to tabulate; run some cells first")
     tasks = list(results[0].accuracy)
-    rows: dict[str, list[CellResult]] = {}
     for result in results:
         if list(result.accuracy) != tasks:
             raise ValueError(
                 f"{result.cell} was asked {list(result.accuracy)}, other rows {tasks}; use one directory each"
             )
-        rows.setdefault(result.cell, []).append(result)
+    rows = by_cell(results)
     most = max(result.kv_bytes for result in results)
-    lines = [
-        f"| | KV bytes per token | {' | '.join(tasks)} | mean | held-out loss | seeds |",
-        f"|---|---|{'---|' * len(tasks)}---|---|---|",
-    ]
+    head = ["", "KV bytes per token", "TTFT, ms", *tasks, "mean", "s.e.", f"− {REFERENCE}", "held-out loss", "seeds"]
+    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), f"|{'---|' * len(head)}"]
     for name, found in rows.items():
         kv = found[0].kv_bytes
-        scores = [spread([result.accuracy[task] for result in found]) for task in tasks]
-        mean = spread([result.mean_accuracy for result in found])
-        losses = [list(result.losses.values())[-1] for result in found if result.losses]
-        loss = spread(losses, digits=3) if losses else "–"
-        lines.append(
-            f"| {name} | {kv:,} ({100 * kv / most:.1f} %) | {' | '.join(scores)} | {mean} | {loss} | {len(found)} |"
-        )
+        cells = [
+            name,
+            f"{kv:,} ({100 * kv / most:.1f} %)",
+            _time(found[0]),
+            *(spread([result.accuracy[task] for result in found]) for task in tasks),
+            spread([result.mean_accuracy for result in found]),
+            standard_error([result.mean_accuracy for result in found]),
+            "–" if name == REFERENCE else difference(found, rows.get(REFERENCE, [])),
+            _loss(found),
+            str(len(found)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def notes(results: Sequence[CellResult]) -> str:
+    """What the columns of [`table`] mean, as one paragraph of Markdown."""
+    parts = [
+        'Accuracy in per cent, mean ± standard deviation over seeds; "s.e.": standard error of the mean.',
+        f'"− {REFERENCE}": mean accuracy less that of this row with the same seed, ± standard error over seeds.',
+        f"KV bytes: measured after a prompt of {results[0].kv_tokens:,} tokens.",
+        "Loss: nats per held-out completion token.",
+    ]
+    if conditions := next((result.ttft_conditions for result in results if result.ttft_conditions), None):
+        parts.append(
+            f"TTFT: median of {conditions['rounds']} prefills of {conditions['prompts']} x {conditions['tokens']:,} "
+            f"tokens in {conditions['dtype']}, in turns with the unmodified base; in parentheses the ratio to it."
+        )
+    return " ".join(parts)
+
+
+def by_cell(results: Sequence[CellResult]) -> dict[str, list[CellResult]]:
+    """Results by row, in the order of the rows' first results."""
+    rows: dict[str, list[CellResult]] = {}
+    for result in results:
+        rows.setdefault(result.cell, []).append(result)
+    return rows
 
 
 def spread(values: Sequence[float], *, digits: int = 1) -> str:
     """Mean ± standard deviation of a sample; without a deviation where there is one value."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def standard_error(values: Sequence[float], *, digits: int = 1) -> str:
+    """Standard error of the mean of a sample; "–" where there is one value."""
+    return "–" if len(values) == 1 else f"{statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+
+
+def difference(found: Sequence[CellResult], reference: Sequence[CellResult]) -> str:
+    """
+    Mean accuracy of `found` less that of `reference`, seed by seed: mean ± standard error over the seeds of both.
+
+    Without an error where there is one seed; "–" where there is none.
+    """
+    expected = {result.seed: result.mean_accuracy for result in reference}
+    values = [result.mean_accuracy - expected[result.seed] for result in found if result.seed in expected]
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):+.1f}".replace("-", "−")
+    return mean if len(values) == 1 else f"{mean} ± {standard_error(values)}"
+
+
+def _time(result: CellResult) -> str:
+    if result.ttft_ms is None:
+        return "–"
+    return f"{result.ttft_ms:.1f} ({result.ttft_ms / result.ttft_base_ms:.2f}×)"
+
+
+def _loss(found: Sequence[CellResult]) -> str:
+    losses = [list(result.losses.values())[-1] for result in found if result.losses]
+    return spread(losses, digits=3) if losses else "–"

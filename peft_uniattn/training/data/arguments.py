@@ -52,7 +52,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "JSON file with ids (a list, or an object's keys) of rows never to train on, such as PubMedQA's "
-            "test_ground_truth.json."
+            "test_ground_truth.json. Of several data sets, those without ids are taken whole."
         },
     )
     max_rows: int | None = field(

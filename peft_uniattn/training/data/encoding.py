@@ -94,5 +94,5 @@ class RowEncoder:
         }
 
 
-def _id(row: Row) -> str:
-    return next(str(row[name]) for name in ID_COLUMNS if name in row)
+def _id(row: Row) -> str | None:
+    return next((str(row[name]) for name in ID_COLUMNS if name in row), None)

@@ -69,17 +69,16 @@ def load_data(
     excluded = _excluded(arguments.exclude_ids)
 
     def encoder(columns: Sequence[str]) -> RowEncoder:
-        if excluded and not set(ID_COLUMNS) & set(columns):
-            raise ValueError(
-                f"exclude_ids={arguments.exclude_ids!r} needs a column {' or '.join(map(repr, ID_COLUMNS))}, but the "
-                f"columns are {list(columns)}"
-            )
+        if excluded and arguments.dataset_streaming:
+            _check_ids(arguments, [columns])
         convert = converter(arguments.dataset_format, columns, list_choices=arguments.list_choices)
         return RowEncoder(convert, tokenizer, arguments.prompt_style, max_length, excluded)
 
     # One process tokenizes, and the others of its machine find the result in the cache.
     with PartialState().local_main_process_first():
         sources = _read_all(arguments) if splits is None else {"data": splits}
+        if excluded and not arguments.dataset_streaming:
+            _check_ids(arguments, [rows.column_names for found in sources.values() for rows in found.values()])
         train, test, report = (load_stream if arguments.dataset_streaming else _load)(
             sources, arguments, encoder, seed, num_proc
         )
@@ -89,6 +88,15 @@ def load_data(
 def _read_all(arguments: DataArguments) -> dict[str, Splits]:
     settings = {"config": arguments.dataset_config, "streaming": arguments.dataset_streaming}
     return {name: read(name, **settings) for name in arguments.dataset_name}
+
+
+def _check_ids(arguments: DataArguments, columns: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError unless a data set has ids; of several that are mixed, others may have none to exclude."""
+    if not any(set(ID_COLUMNS) & set(names) for names in columns):
+        raise ValueError(
+            f"exclude_ids={arguments.exclude_ids!r} needs a column {' or '.join(map(repr, ID_COLUMNS))}, but the "
+            f"columns are {', '.join(map(str, map(list, columns)))}"
+        )
 
 
 def _excluded(path: str | None) -> frozenset[str]:

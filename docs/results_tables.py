@@ -1,0 +1,163 @@
+"""One table per family of raw results, from the content of a file of `docs/results` to Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from peft_uniattn.analysis.record import Record as Analysis
+from peft_uniattn.analysis.tables import markdown
+from peft_uniattn.reproduce.cell import CellResult
+from peft_uniattn.reproduce.table import notes, table
+
+Raw = dict[str, Any]
+
+
+def rows_of(raw: Raw) -> list[CellResult]:
+    """Results of `peft-uniattn reproduce`; its first files called them rows."""
+    return [CellResult(**row) for row in raw.get("results") or raw["rows"]]
+
+
+def reproduce(raw: Raw) -> str:
+    results = rows_of(raw)
+    return f"{table(results)}\n\n{notes(results)}"
+
+
+def analysis(raw: Raw) -> str:
+    return markdown(Analysis(**raw))
+
+
+def first_token(raw: Raw) -> str:
+    lines = []
+    for row in raw["lengths"]:
+        base = row["contenders"][row["ratios"]["fastest_base"]]["median_ms"]
+        for name, contender in _timed(row["contenders"]):
+            time = contender["median_ms"]
+            lines.append((f"{row['length']:,}", name, f"{time:.1f}", _quartiles(contender), f"{time / base:.3f}"))
+    return grid(("tokens", "contender", "median ms", "quartiles", "of the fastest base"), lines)
+
+
+def decode(raw: Raw) -> str:
+    lines = []
+    for row in raw["shapes"]:
+        base = row["contenders"][row["ratios"]["fastest_base"]]["median_ms"]
+        for name, contender in _timed(row["contenders"]):
+            time, shape = contender["median_ms"], f"{row['batch_size']} × {row['length']:,}"
+            cells = (f"{time:.2f}", _quartiles(contender, 2), f"{time / base:.3f}", f"{contender['gb_per_s']:,.0f}")
+            lines.append((shape, name, *cells))
+    return grid(("cached tokens", "contender", "median ms", "quartiles", "of the fastest base", "GB/s"), lines)
+
+
+def decode_attention(raw: Raw) -> str:
+    lines = []
+    for row in raw["shapes"]:
+        for name, contender in row["contenders"].items():
+            if "median_us" not in contender:
+                continue
+            error = contender["relative_error"]
+            cells = (f"{contender['median_us']:.1f}", f"{contender['gb_per_s']:,.0f}")
+            shown = "–" if error is None else f"{error:.1e}"
+            lines.append((f"{row['batch']} × {row['length']:,}", name, *cells, shown))
+    return grid(("cached tokens", "contender", "median µs", "GB/s", "relative error"), lines)
+
+
+def memory(raw: Raw) -> str:
+    names = ("followers", "counted_bytes_per_token", "allocated_bytes_per_token")
+    lines = [(name, *(f"{row[key]:,.0f}" for key in names)) for name, row in raw["contenders"].items()]
+    return grid(("", "followers", "bytes per token, counted", "by the allocator"), lines)
+
+
+def training_steps(raw: Raw) -> str:
+    lines = [
+        (
+            name,
+            f"{row['trainable_parameters']:,}",
+            f"{1e3 * row['step_seconds']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_memory_bytes'] / 2**30:.1f}",
+        )
+        for name, row in raw["contenders"].items()
+    ]
+    return grid(("step", "trained parameters", "median ms", "tokens/s", "peak GiB"), lines)
+
+
+def serving(raw: Raw) -> str:
+    lines = [
+        (
+            name,
+            f"{run['request_rate']:g}",
+            f"{run['completed']}/{run['num_prompts']}",
+            f"{run['output_throughput']:.1f}",
+            f"{run['median_ttft_ms']:.0f} / {run['p99_ttft_ms']:.0f}",
+            f"{run['median_tpot_ms']:.0f} / {run['p99_tpot_ms']:.0f}",
+            f"{run['server']['preemptions']:.0f}",
+        )
+        for name, checkpoint in raw["checkpoints"].items()
+        for run in checkpoint["runs"]
+    ]
+    head = ("", "requests/s", "completed", "output tokens/s", "TTFT ms, median / p99", "ms per token, median / p99")
+    return grid((*head, "preemptions"), lines)
+
+
+def losses(raw: Raw) -> str:
+    """A run of the recipe: the quick start's receipt, or that of a real checkpoint."""
+    raw = {**raw, **raw.get("receipt", {})}
+    blocks = " ".join(f"{block[0]}-{block[-1]}" for block in raw["superblocks"])
+    lines = [(step, f"{loss:.4f}") for step, loss in raw["losses"].items()]
+    before, after = raw["kv_bytes_before"], raw["kv_bytes_after"]
+    facts = f"Superblocks {blocks} of {raw['num_layers']} layers; KV bytes per token {before:,} → {after:,}."
+    return f"{grid(('', 'held-out loss, nats per completion token'), lines)}\n\n{facts}"
+
+
+def reliability(raw: Raw) -> str:
+    modules = raw["mutants"]["modules"].values()
+    counts = {**raw["counts"], "mutants": sum(module["mutants"] for module in modules)}
+    counts["mutants killed"] = sum(module["killed"] for module in modules)
+    counts |= {f"tests {ended}": number for ended, number in raw["tests"].items()}
+    return grid(("", "number"), [(name, f"{number:,}") for name, number in counts.items()])
+
+
+def eviction(raw: Raw) -> str:
+    lines = [
+        (row["model"], f"{row['compression']:.0%}", f"{row['perplexity']:.1f}", f"{row['kv_retain_rate']:.1%}")
+        for row in raw["rows"]
+    ]
+    return grid(("", "evicted", "perplexity", "of the base's cache"), lines)
+
+
+def rivals(raw: Raw) -> str:
+    lines = [
+        (name, row.get("plan", "–"), f"{row['held_out_loss']:.3f}", f"{row['kv_bytes_per_token']:,}")
+        for name, row in raw["methods"].items()
+    ]
+    return grid(("method, not trained", "layers changed", "held-out loss", "KV bytes per token"), lines)
+
+
+def distillation(raw: Raw) -> str:
+    lines = [(f"before: {name}", f"{loss:.4f}") for name, loss in raw["losses_before"].items()]
+    lines += [(name, f"{run['held_out_loss']['after stage 1']:.4f}") for name, run in raw["runs"].items()]
+    return grid(("stage 1 by", "held-out loss after it"), lines)
+
+
+def ranks(raw: Raw) -> str:
+    names = ("loss", "logits", "gradients", "weights")
+    lines = [
+        (name, *(f"{row[key]:.1e}" if key in row else "–" for key in names)) for name, row in raw["results"].items()
+    ]
+    said = "\n".join(f"- {note}" for note in raw["notes"])
+    return f"{grid(('against one process, difference of', *names), lines)}\n\n{said}"
+
+
+def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _timed(contenders: dict[str, Raw]) -> Iterable[tuple[str, Raw]]:
+    return ((name, contender) for name, contender in contenders.items() if "median_ms" in contender)
+
+
+def _quartiles(contender: Raw, digits: int = 1) -> str:
+    low, high = contender["lower_quartile_ms"], contender["upper_quartile_ms"]
+    return f"{low:.{digits}f} to {high:.{digits}f}"
