@@ -196,14 +196,21 @@ def facts(raw: Raw) -> dict[str, str]:
         or raw.get("base_model")
         or raw.get("base")
         or models.get("model")
+        or models.get("base")
         or models.get("shape"),
         "data": data["name"] if isinstance(data, dict) else data,
         "hardware": hardware and f"{hardware}{threads}",
         "versions": ", ".join(f"{name} {where[name]}" for name in VERSIONS if name in where),
         "seeds" if len(seeds) > 1 else "seed": ", ".join(str(seed) for seed in seeds if seed is not None),
-        "date": raw.get("date"),
+        "date": raw.get("date") or _date_served(raw),
     }
     return {name: str(value) for name, value in found.items() if value}
+
+
+def _date_served(raw: Raw) -> str | None:
+    """vLLM's benchmark notes the time of every run, 20260131-120000."""
+    runs = [run for checkpoint in raw.get("checkpoints", {}).values() for run in checkpoint["runs"]]
+    return f"{runs[0]['date'][:4]}-{runs[0]['date'][4:6]}-{runs[0]['date'][6:8]}" if runs else None
 
 
 def _page(family: Family) -> str:

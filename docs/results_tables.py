@@ -30,21 +30,19 @@ def analysis(raw: Raw) -> str:
 def first_token(raw: Raw) -> str:
     lines = []
     for row in raw["lengths"]:
-        base = row["contenders"][row["ratios"]["fastest_base"]]["median_ms"]
         for name, contender in _timed(row["contenders"]):
-            time = contender["median_ms"]
-            lines.append((f"{row['length']:,}", name, f"{time:.1f}", _quartiles(contender), f"{time / base:.3f}"))
+            time = f"{contender['median_ms']:.1f}"
+            lines.append((f"{row['length']:,}", name, time, _quartiles(contender), _ratio(row, contender)))
     return grid(("tokens", "contender", "median ms", "quartiles", "of the fastest base"), lines)
 
 
 def decode(raw: Raw) -> str:
     lines = []
     for row in raw["shapes"]:
-        base = row["contenders"][row["ratios"]["fastest_base"]]["median_ms"]
         for name, contender in _timed(row["contenders"]):
-            time, shape = contender["median_ms"], f"{row['batch_size']} × {row['length']:,}"
-            cells = (f"{time:.2f}", _quartiles(contender, 2), f"{time / base:.3f}", f"{contender['gb_per_s']:,.0f}")
-            lines.append((shape, name, *cells))
+            time, rate = f"{contender['median_ms']:.2f}", f"{contender['gb_per_s']:,.0f}"
+            cells = (time, _quartiles(contender, 2), _ratio(row, contender), rate)
+            lines.append((f"{row['batch_size']} × {row['length']:,}", name, *cells))
     return grid(("cached tokens", "contender", "median ms", "quartiles", "of the fastest base", "GB/s"), lines)
 
 
@@ -156,6 +154,12 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def _timed(contenders: dict[str, Raw]) -> Iterable[tuple[str, Raw]]:
     return ((name, contender) for name, contender in contenders.items() if "median_ms" in contender)
+
+
+def _ratio(row: Raw, contender: Raw) -> str:
+    """Of the fastest base's time; there is none where no base was right."""
+    fastest = row["ratios"].get("fastest_base")
+    return f"{contender['median_ms'] / row['contenders'][fastest]['median_ms']:.3f}" if fastest else "–"
 
 
 def _quartiles(contender: Raw, digits: int = 1) -> str:
