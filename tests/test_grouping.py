@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import loud, prompt, tiny_adapter, tiny_model
 from family_models import Case
-from oracle import mix_values, rms_norm, rotary_angles, softmax_activation, visible
+from oracle import mix_values, rms_norm, rotary_angles, softmax_activation, unified_logits, visible
 from peft import get_peft_model
 
 from peft_uniattn import UniAttnConfig, choose_superblocks
 from peft_uniattn.families import find_decoder, find_family
 from peft_uniattn.grouping.choose import followers_for
 from peft_uniattn.grouping.costs import measure_costs
+from peft_uniattn.grouping.losses import LossCosts, measure_losses
 from peft_uniattn.grouping.partition import best_superblocks
 from peft_uniattn.grouping.similar import similar_superblocks
 from peft_uniattn.plan import may_share
@@ -135,7 +136,51 @@ def test_costs_do_not_depend_on_padding(float64):
     assert with_padding.after == pytest.approx(plain.after, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["error", "similarity"])
+def test_losses_are_those_of_models_with_one_superblock(float64):
+    """By the independent implementation, over the tokens that have a label and are no padding."""
+    model = loud(tiny_model())
+    ids, mask = prompt(batch=3, length=10), torch.ones(3, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    labels = ids.masked_fill(torch.arange(10) < 5, -100)
+    data = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
+    decoder = find_decoder(model, find_family(model.config))
+    before = model(ids, attention_mask=mask).logits
+    found = measure_losses(model, decoder, data, layers=range(1, 6), max_size=3, progress=False)
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+    def loss(*superblocks):
+        logits = unified_logits(
+            model.state_dict(), model.config, ids, superblocks=superblocks, attention_mask=mask,
+            position_ids=torch.arange(10)[None].expand(3, -1),
+        )  # fmt: skip
+        return torch.nn.functional.cross_entropy(logits[:, 4:-1].flatten(0, 1), ids[:, 5:].flatten()).item()
+
+    assert found.tokens == 15
+    assert found.base == pytest.approx(loss(), rel=1e-9)
+    assert set(found.losses) == {(1, 2), (1, 3), (2, 3), (2, 4), (3, 4), (3, 5), (4, 5)}
+    for (leader, last), value in found.losses.items():
+        assert value == pytest.approx(loss(range(leader, last + 1)), rel=1e-9)
+
+
+def test_without_labels_every_token_but_padding_counts():
+    model = tiny_model()
+    ids, mask = prompt(batch=2, length=8), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    decoder = find_decoder(model, find_family(model.config))
+    data = [{"input_ids": ids, "attention_mask": mask}]
+    found = measure_losses(model, decoder, data, layers=range(6), max_size=2, progress=False)
+    logits = model(ids, attention_mask=mask).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    assert found.tokens == int(mask[:, 1:].sum())
+    assert found.base == pytest.approx(losses[mask[:, 1:].bool()].mean().item(), rel=1e-5)
+
+
+def test_what_followers_add_to_the_loss_adds_up_to_their_superblocks():
+    costs = LossCosts(2.0, {(0, 1): 2.5, (0, 2): 2.25, (1, 2): 3.0}, tokens=1)
+    assert costs.pairs == {(0, 1): 0.5, (0, 2): -0.25, (1, 2): 1.0}
+
+
+@pytest.mark.parametrize("method", ["error", "similarity", "loss"])
 def test_the_choice_is_a_plan_with_so_many_followers_and_leaves_the_model_alone(method):
     model = tiny_model()
     before = model(prompt()).logits
@@ -191,7 +236,7 @@ def test_an_impossible_budget_is_refused_before_any_data_are_read(settings, mess
         choose_superblocks(tiny_model(), never(), progress=False, **settings)
 
 
-@pytest.mark.parametrize("method", ["error", "similarity"])
+@pytest.mark.parametrize("method", ["error", "similarity", "loss"])
 def test_empty_data_are_refused(method):
     with pytest.raises(ValueError, match="dataloader is empty"):
         choose_superblocks(tiny_model(), [], followers=2, method=method, progress=False)
@@ -212,7 +257,7 @@ def test_a_chosen_plan_respects_the_masks_of_the_model():
     assert all(len({types[layer] for layer in block}) == 1 for block in superblocks)
 
 
-@pytest.mark.parametrize("method", ["error", "similarity"])
+@pytest.mark.parametrize("method", ["error", "similarity", "loss"])
 @pytest.mark.parametrize("follower_mask", ["own", "leader"])
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "olmo2", "granite", "phi3", "gpt_neox"])
 def test_a_choice_for_other_architectures_can_be_applied(family, follower_mask, method):

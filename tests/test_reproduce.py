@@ -1,6 +1,7 @@
 """The paper's tables on a model of one's own: the right rows, the same steps for all, one file each."""
 
 import json
+import shutil
 from functools import partial
 from queue import Queue
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
 from peft_uniattn.plan import make_plan
-from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells
+from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells, findings
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
 from peft_uniattn.reproduce.matrix import Cell
 from peft_uniattn.reproduce.run import _run_apart
@@ -183,6 +184,7 @@ def test_a_single_value_has_no_deviation():
         ({"seeds": ()}, "seeds is empty"),
         ({"stage1_share": 1.0}, r"stage1_share=1.0 must lie between"),
         ({"grouping": "random"}, "grouping='random' must be one of fixed, error"),
+        ({"grouping_model": "other"}, "grouping_model='other' has no use with grouping='fixed'"),
         ({"jobs": 0}, "jobs=0"),
     ],
 )
@@ -213,6 +215,26 @@ def write_questions(directory):
 @pytest.fixture
 def data_dir(tmp_path):
     return write_questions(tmp_path / "data")
+
+
+def test_superblocks_by_loss_are_measured_on_the_model_that_is_named(tmp_path, data_dir, argv, monkeypatch):
+    shared = parse_arguments([*argv, "--output_dir", str(tmp_path / "out")])
+    other = shutil.copytree(shared.model.model_name_or_path, tmp_path / "post-trained")
+    asked = []
+
+    def choose(model, dataloader, *, followers, method):
+        asked.append((model.config._name_or_path, method, followers))
+        assert all((batch["labels"] != -100).any() for batch in dataloader)
+        return [[0, 1, 2], [4, 5]] if followers > 2 else [[4, 5]]
+
+    monkeypatch.setattr(findings, "choose_superblocks", choose)
+    evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
+    options = {"tables": ("main",), "evaluation": evaluation, "grouping": "loss", "grouping_model": str(other)}
+    found = findings.find(shared, tmp_path / "findings.json", **options)
+    assert asked == [(str(other), "loss", 4), (str(other), "loss", 2)]
+    assert found.plan.superblocks == ((0, 1, 2), (4, 5))
+    assert found.half.superblocks == ((4, 5),)
+    assert found.given.superblocks == ((0, 1, 2), (3, 4, 5))
 
 
 def reproduced(tmp_path, data_dir, argv, *more):

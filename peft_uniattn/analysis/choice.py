@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import UniAttnConfig
-from ..grouping.choose import METHODS, choose
+from ..grouping.choose import ONE_PASS, choose
 from ..plan import Plan
 from ..recording import wrappable_decoder
 from ..training.evaluation import held_out_scores
@@ -47,9 +47,9 @@ def measure_choice(
 
     Returns:
         "superblocks", "followers", "kv_retain_rate" and "measured", by which they were chosen; "base": scores of the
-        model itself; "scores": scores (see `calibrated_scores`) of both ways to choose, of the paper's fixed plan
-        where it has as many followers, and of fixed Superblocks from the top where they can have as many. The last two
-        are empty without held-out sequences.
+        model itself; "scores": scores (see `calibrated_scores`) of what was chosen, of the ways to choose in one
+        pass, of the paper's fixed plan where it has as many followers, and of fixed Superblocks from the top where
+        they can have as many. The last two are empty without held-out sequences.
     """
 
     def chosen_by(way: str) -> Any:
@@ -78,7 +78,7 @@ def measure_choice(
         return result
     result["base"] = asdict(held_out_scores(model, data.held_out, data.pad_token_id, batch_size=batch_size))
     plans = {f"by {method}": choice.superblocks}
-    plans |= {f"by {other}": chosen_by(other).superblocks for other in METHODS if other != method}
+    plans |= {f"by {other}": chosen_by(other).superblocks for other in ONE_PASS if other != method}
     plans |= _fixed_plans(model, len(plan.followers), follower_mask)
     for name, superblocks in tqdm(plans.items(), desc="scoring", unit="plan", disable=not progress, leave=False):
         config = UniAttnConfig(task_type="CAUSAL_LM", superblocks=superblocks, follower_mask=follower_mask)

@@ -75,6 +75,13 @@ def _similarity(record: Record) -> Figure:
     return figure
 
 
+_MEASURED_BY = {
+    "error": "error ‖ε‖² relative to the\nresidual stream",
+    "similarity": "cosine similarity to the\nlayer below",
+    "loss": "what following the layer below\nadds to the loss",
+}
+
+
 def _plan(record: Record) -> Figure:
     results, method = record.results, record.settings["method"]
     figure, (axis,) = _panels(1, 1, width=6.5, height=3.2)
@@ -82,10 +89,7 @@ def _plan(record: Record) -> Figure:
         axis.plot(layers, values, label=label, markersize=3, **style)
     for block in results["superblocks"]:
         axis.axvspan(block[0] - 0.4, block[-1] + 0.4, color="0.85", zorder=0)
-    ylabel = (
-        "error ‖ε‖² relative to the\nresidual stream" if method == "error" else "cosine similarity to the\nlayer below"
-    )
-    _label(axis, "layer (chosen Superblocks shaded)", ylabel)
+    _label(axis, "layer (chosen Superblocks shaded)", _MEASURED_BY[method])
     axis.legend()
     return figure
 
@@ -94,6 +98,10 @@ def _measured(measured: dict[str, Any], method: str) -> list[tuple[str, Sequence
     if method == "similarity":
         values = measured["per_head"]["neighbours"]
         return [("head against head", range(1, len(values) + 1), values)]
+    if method == "loss":
+        below = [block for block in measured["superblocks"] if block["leader"] == block["last"] - 1]
+        layers = [block["last"] for block in below]
+        return [("no compensation", layers, [block["loss"] - measured["base"] for block in below])]
     below = [pair for pair in measured["pairs"] if pair["leader"] == pair["follower"] - 1]
     layers = [pair["follower"] for pair in below]
     return [

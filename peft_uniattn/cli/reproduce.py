@@ -33,8 +33,12 @@ def reproduce(
         float, typer.Option(help="Share of the steps for stage 1; 0 leaves it out of all rows but two-stage.")
     ] = 0.05,
     grouping: Annotated[
-        str, typer.Option(help="fixed: Superblocks as given; error: those of least error with as many followers.")
+        str, typer.Option(help="fixed: Superblocks as given; error or loss: those of least, with as many followers.")
     ] = "fixed",
+    grouping_model: Annotated[
+        str | None,
+        typer.Option(help="Model to measure error or loss on, such as a post-trained one. Default: the base."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Rows at a time; on several GPUs they take turns.", min=1)] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every adapter and model.")] = False,
     model_name: Annotated[
@@ -75,6 +79,7 @@ def reproduce(
             ),
             stage1_share=stage1_share,
             grouping=grouping,
+            grouping_model=grouping_model,
             jobs=jobs,
             keep_models=keep_models,
             prompts=Prompts(ttft_prompts, ttft_tokens),

@@ -1,4 +1,4 @@
-"""Superblocks chosen by measurements: cheapest by calibration error, or most similar softmax activations."""
+"""Superblocks chosen by measurements: cheapest by calibration error or loss, or most similar softmax activations."""
 
 from .choose import choose_superblocks
 

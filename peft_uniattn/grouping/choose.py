@@ -16,10 +16,13 @@ from ..plan import check_superblock_size
 from ..probe import check_sharing
 from ..recording import wrappable_decoder
 from .costs import SharingCosts, measure_costs
+from .losses import LossCosts, measure_losses
 from .partition import best_superblocks, most_followers, too_many
 from .similar import similar_superblocks
 
-METHODS = ("error", "similarity")
+# The first two take about one pass over the data, the last one many.
+ONE_PASS = ("error", "similarity")
+METHODS = (*ONE_PASS, "loss")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Choice:
     """
 
     superblocks: list[list[int]]
-    measured: SharingCosts | SoftmaxSimilarity
+    measured: SharingCosts | SoftmaxSimilarity | LossCosts
 
 
 def choose_superblocks(
@@ -40,7 +43,7 @@ def choose_superblocks(
     *,
     followers: int | None = None,
     kv_target: float | None = None,
-    method: Literal["error", "similarity"] = "error",
+    method: Literal["error", "similarity", "loss"] = "error",
     max_size: int = 4,
     start_layer: int = 0,
     end_layer: int | None = None,
@@ -50,17 +53,19 @@ def choose_superblocks(
     progress: bool = True,
 ) -> list[list[int]]:
     """
-    Choose the Superblocks that cost a model least, by measurements on data in one pass, before any training.
+    Choose the Superblocks that cost a model least, by measurements on data before any training.
 
     Args:
         model: the transformers model, without a UniAttn adapter. It is left as it is.
-        dataloader: batches with `input_ids` (batch, length) and optionally `attention_mask` and `position_ids`. Read
-            once; some ten tokens per hidden dimension are enough.
+        dataloader: batches with `input_ids` (batch, length) and optionally `attention_mask`, `position_ids` and, for
+            "loss", `labels`. Read once; some ten tokens per hidden dimension are enough.
         followers: how many layers shall follow. Either this or `kv_target`.
         kv_target: share of the KV cache that may be left, such as 0.8; the fewest followers that keep to it are used.
         method: "error" takes what linear compensation leaves of the error of every possible pair of leader and
             follower, and finds the cheapest Superblocks by dynamic programming; "similarity" joins the neighbours
-            with the most similar softmax activations (the paper's Table 9).
+            with the most similar softmax activations (the paper's Table 9); "loss" takes what every possible
+            Superblock alone adds to the model's loss, in about `max_size - 1` passes over the data per layer. It is
+            the only one that knows the task: use it on a model that was trained for the task, with `labels`.
         max_size: most layers per Superblock.
         start_layer: the lowest layer that may be used.
         end_layer: where the layers that may be used stop, exclusive. Default: the number of layers.
@@ -130,6 +135,9 @@ def choose(
     if method == "similarity":
         similarity = softmax_similarity(model, dataloader, progress=progress)
         return Choice(similar_superblocks(similarity.neighbours(), wanted, **rules), similarity)
+    if method == "loss":
+        losses = measure_losses(model, decoder, dataloader, progress=progress, **rules)
+        return Choice(best_superblocks(losses.pairs, wanted, **rules), losses)
     costs = measure_costs(
         model, decoder, dataloader, ridge=ridge, spill_directory=spill_directory, progress=progress, **rules
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from transformers import PreTrainedModel
 
 from ..evaluation import check_contamination, task_questions
 from ..grouping import choose_superblocks
@@ -24,11 +25,17 @@ from ..training.loading import check_model, load_model, load_tokenizer
 from .cell import Evaluation
 from .matrix import Findings
 
-GROUPINGS = ("fixed", "error")
+GROUPINGS = ("fixed", "error", "loss")
 
 
 def find(
-    arguments: Arguments, path: Path, *, tables: Sequence[str], evaluation: Evaluation, grouping: str = "fixed"
+    arguments: Arguments,
+    path: Path,
+    *,
+    tables: Sequence[str],
+    evaluation: Evaluation,
+    grouping: str = "fixed",
+    grouping_model: str | None = None,
 ) -> Findings:
     """
     Measure what `tables` depend on, or read it if it was measured before.
@@ -40,8 +47,10 @@ def find(
         path: file to keep the findings in.
         tables: which tables are wanted.
         evaluation: what the rows will be asked.
-        grouping: "fixed" takes the Superblocks that the arguments mean, "error" those of least calibration error with
-            as many followers.
+        grouping: "fixed" takes the Superblocks that the arguments mean; "error" and "loss" those of least calibration
+            error or loss with as many followers, see [`~peft_uniattn.choose_superblocks`].
+        grouping_model: what "error" and "loss" are measured on, by default the base. The base, post-trained on the
+            same data, knows the task, of which the base may know nothing.
 
     Raises:
         ValueError: if training data hold evaluation questions, or the plan does not fit the model.
@@ -63,16 +72,20 @@ def find(
     def loader() -> Iterator[dict[str, torch.Tensor]]:
         return _batches(data, arguments, tokenizer.pad_token_id)
 
-    def chosen(followers: int) -> Plan:
-        return replace(plan, superblocks=as_blocks(choose_superblocks(model, loader(), followers=followers)))
-
-    given = None
-    if grouping == "error":
+    similarity = measure_attention_similarity(model, loader())
+    given, half = None, half_of(plan)
+    if grouping != "fixed":
         given, followers = plan, len(plan.followers)
-        plan, half = chosen(followers), chosen(-(-followers // 2))
-    else:
-        half = half_of(plan)
-    found = Findings(plan, half, measure_attention_similarity(model, loader()), given=given)
+        measured = model if grouping_model is None else _load(arguments, grouping_model)
+        plan, half = (
+            replace(plan, superblocks=as_blocks(blocks))
+            for blocks in (
+                choose_superblocks(measured, loader(), followers=number, method=grouping)
+                for number in (followers, -(-followers // 2))
+            )
+        )
+        del measured
+    found = Findings(plan, half, similarity, given=given)
     if "grouping" in tables:
         for followers in _numbers_of_followers(found.fixed):
             found.by_error[followers] = choose_superblocks(model, loader(), followers=followers)
@@ -87,9 +100,12 @@ def find(
 def _batches(data: LoadedData, arguments: Arguments, pad_token_id: int) -> Iterator[dict[str, Any]]:
     examples = Dataset.from_list(list(data.train.take(arguments.recipe.calibration_examples)))
     size = arguments.training.per_device_eval_batch_size
-    for batch in batches(examples, size, pad_token_id, arguments.training.device):
-        del batch["labels"]
-        yield batch
+    return batches(examples, size, pad_token_id, arguments.training.device)
+
+
+def _load(arguments: Arguments, name: str) -> PreTrainedModel:
+    named = replace(arguments.model, model_name_or_path=name)
+    return load_model(named, arguments.training).to(arguments.training.device)
 
 
 def _numbers_of_followers(plan: Plan) -> list[int]:

@@ -37,7 +37,8 @@ class Reproduction:
         evaluation: what every row is asked.
         stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out of all but the row that
             asks what it brings.
-        grouping: "fixed" or "error", see `find`.
+        grouping: "fixed", "error" or "loss", see `find`.
+        grouping_model: see `find`.
         jobs: rows at a time, each in a process of its own; on several GPUs they take turns.
         keep_models: leave adapters and models in the directory.
         prompts: what times to the first token are measured on, when all rows are done.
@@ -55,6 +56,7 @@ class Reproduction:
     evaluation: Evaluation
     stage1_share: float = STAGE1_SHARE
     grouping: str = "fixed"
+    grouping_model: str | None = None
     jobs: int = 1
     keep_models: bool = False
     prompts: Prompts = field(default_factory=Prompts)
@@ -71,6 +73,11 @@ class Reproduction:
             raise ValueError(f"stage1_share={self.stage1_share} must lie between 0 and 1")
         if self.grouping not in GROUPINGS:
             raise ValueError(f"grouping={self.grouping!r} must be one of {', '.join(GROUPINGS)}")
+        if self.grouping_model is not None and self.grouping == "fixed":
+            raise ValueError(
+                f"grouping_model={self.grouping_model!r} has no use with grouping='fixed'; choose 'error' or 'loss', "
+                "or leave it out"
+            )
         if self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} must be 1 or more")
 
@@ -88,6 +95,7 @@ class Reproduction:
             tables=self.tables,
             evaluation=self.evaluation,
             grouping=self.grouping,
+            grouping_model=self.grouping_model,
         )
         rows = list({cell.name: cell for name in self.tables for cell in cells(name, found)}.values())
         alike: dict[Any, list[Cell]] = {}

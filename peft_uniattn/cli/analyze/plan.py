@@ -15,7 +15,7 @@ def plan(
     dataset: options.Data = None,
     followers: Annotated[int | None, typer.Option(help="How many layers shall follow.")] = None,
     kv_target: Annotated[float | None, typer.Option(help="Share of the KV cache to leave, such as 0.8.")] = None,
-    method: Annotated[str, typer.Option(help="Choose by calibration 'error' or 'similarity'.")] = "error",
+    method: Annotated[str, typer.Option(help="Choose by calibration 'error', 'similarity' or 'loss'.")] = "error",
     max_size: Annotated[int, typer.Option(help="Most layers per Superblock.", min=2)] = 4,
     start_layer: Annotated[int, typer.Option(help="Lowest layer that may be used.")] = 0,
     end_layer: Annotated[int | None, typer.Option(help="Where the layers that may be used stop.")] = None,
