@@ -128,6 +128,12 @@ def test_skipping_is_never_slower_by_the_measured_times(length, share, any_devic
     assert all(saved(length, followers, share) > 0 for followers in range(1, 32) if skips(length, followers))
 
 
+@pytest.mark.parametrize("length", MEASURED)
+def test_a_follower_that_recomputes_tiles_is_never_slower_than_fused_attention(length):
+    fused, _, whole, part = MEASURED[length]
+    assert part + (kernels._WORTH_RECOMPUTING - 0.4) / 0.6 * (whole - part) <= fused + 0.005
+
+
 def test_no_number_of_followers_makes_up_for_weighing_8k_tokens():
     assert max(saved(8192, followers, 0.812) for followers in range(1, 32)) < 0
 

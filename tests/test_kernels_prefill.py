@@ -284,6 +284,30 @@ def test_of_itself_a_chunk_is_led_where_it_sees_enough(monkeypatch):
     assert dispatched(states, causal_mask(30, 150, 120, batch=1), mode="auto") is None
 
 
+@pytest.mark.parametrize("queries", [150, 70])
+def test_the_share_of_tiles_that_followers_recompute(queries):
+    query, key, value, _ = chunk(inputs(2, 2, 1), queries)
+    _, everything = prefill.leader_prefill(query, key, value, offset=150 - queries, skip_mass=0.0)
+    assert everything.kept_share() == pytest.approx(1.0)
+    count = everything.count.clone()
+    count[1] = 0
+    assert everything._replace(count=count).kept_share() == pytest.approx(0.5)
+
+
+def test_where_most_tiles_count_followers_keep_to_their_back_end(monkeypatch):
+    monkeypatch.setattr(kernels, "_WORTH_SKIPPING", ((128, 1),))
+    monkeypatch.setattr(kernels, "_WORTH_WEIGHING", 30)
+    states = inputs(1, 1, 1)[:3]
+    monkeypatch.setattr(prefill.SharedTiles, "kept_share", lambda shared: 0.81)
+    output, shared = dispatched(states, None, mode="auto")
+    assert shared is None
+    exact, meant = dispatched(states, None)
+    assert torch.equal(output, exact)
+    assert meant is not None
+    monkeypatch.setattr(prefill.SharedTiles, "kept_share", lambda shared: 0.8)
+    assert dispatched(states, None, mode="auto")[1] is not None
+
+
 def chosen(query, key, value, mask=None, skip_mass=0.1, mode="triton"):
     return kernels.prefill_kernels(query, key, value, mask, skip_mass, mode)
 

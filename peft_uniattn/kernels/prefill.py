@@ -44,6 +44,14 @@ class SharedTiles(NamedTuple):
         """The same on another device, for models that are spread over several."""
         return SharedTiles(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
 
+    def kept_share(self) -> float:
+        """Share of the visible tiles that followers recompute; waits for the device."""
+        tuning = launch.RECOMPUTE[self.query.shape[3]]
+        queries, length = self.query.shape[2], self.key.shape[2]
+        ends = range(length - queries + tuning.rows, length + tuning.rows, tuning.rows)
+        visible = sum(-(-min(end, length) // tuning.columns) for end in ends)
+        return self.count.double().sum(-1).mean().item() / visible
+
     def apply(self, value: torch.Tensor) -> torch.Tensor:
         """
         s·V of a follower, (batch, query length, query heads, head_dim), by PyTorch where the kernels do not support V.
