@@ -93,11 +93,18 @@ def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kind: SD
 
 def _stored(query, key, value, denominator, scaling, name, store, gate, share, kept) -> dict:
     """Storing tiles in one type, and streaming all or some of them."""
-    weights, scales, _ = launch.weigh(query, key, denominator, scaling, store)
+    held: list[torch.Tensor] = []
+
+    def weigh() -> torch.Tensor:
+        held.clear()  # first: twice the tiles of a long prompt do not fit into a GPU's memory
+        held.extend(launch.weigh(query, key, denominator, scaling, store))
+        return held[2]
+
+    weigh()
     return {
-        f"storing {name}": (lambda: launch.weigh(query, key, denominator, scaling, store)[2], None),
-        f"streaming {name}": (lambda: launch.stream(weights, scales, value, query), gate),
-        f"streaming {name} {kept}": (lambda: launch.stream(weights, scales, value, query, *share), None),
+        f"storing {name}": (weigh, None),
+        f"streaming {name}": (lambda: launch.stream(held[0], held[1], value, query), gate),
+        f"streaming {name} {kept}": (lambda: launch.stream(held[0], held[1], value, query, *share), None),
     }
 
 
