@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,6 +27,23 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Let modules run another forward; each pair is a module and what takes its place."""
+    forwards = list(forwards)
+    # Accelerate keeps forwards of its own on instances; those have to come back, others have to go.
+    before = [module.__dict__.get("forward") for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.forward = forward
+        yield
+    finally:
+        for (module, _), forward in zip(forwards, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..disk import write_failure
 from ..families import Decoder
 from ..handover import HANDOVER, Handover, LeaderState
 from ..inspection import Adapter
+from ..modes import replaced_forwards
 
 
 class Spill:
@@ -126,20 +127,8 @@ class LayerRunner:
                 hook.remove()
         return seen["output"], seen["attention_input"], seen["attention_output"]
 
-    @contextmanager
-    def _replaced(self, forwards: dict[int, Callable]) -> Iterator[None]:
-        layers = [self._decoder.layers[index] for index in forwards]
-        # Accelerate keeps forwards of its own on instances; those have to come back, others have to go.
-        before = [layer.__dict__.get("forward") for layer in layers]
-        try:
-            for layer, forward in zip(layers, forwards.values(), strict=True):
-                layer.forward = forward
-            yield
-        finally:
-            for layer, forward in zip(layers, before, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
+    def _replaced(self, forwards: dict[int, Callable]) -> AbstractContextManager[None]:
+        return replaced_forwards((self._decoder.layers[index], forward) for index, forward in forwards.items())
 
 
 def _pass(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

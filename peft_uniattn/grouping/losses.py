@@ -17,7 +17,7 @@ from ..attention import follow, past_key_values
 from ..calibration.batches import model_inputs, token_mask
 from ..families import Decoder, Family
 from ..handover import HANDOVER, install_handover, remove_handover
-from ..modes import evaluation_mode
+from ..modes import evaluation_mode, replaced_forwards
 from ..plan import may_share
 from ..recording import intercepted
 
@@ -130,20 +130,12 @@ def _loss(model: PreTrainedModel, batches: list[tuple[dict[str, torch.Tensor], t
 def _sharing(decoder: Decoder, block: Sequence[int]) -> Iterator[None]:
     """Let the layers of `block` above its lowest use that one's softmax."""
     followers = [decoder.attention(layer) for layer in block[1:]]
-    own = [
-        attention.__dict__.get("forward") for attention in followers
-    ]  # accelerate's, on models over several devices
-    with intercepted(decoder, range(len(decoder.layers))):
+    forwards = ((attention, partial(_follow, attention, decoder.family, block[0])) for attention in followers)
+    with intercepted(decoder, range(len(decoder.layers))), replaced_forwards(forwards):
         install_handover(decoder.backbone)
-        for attention in followers:
-            attention.forward = partial(_follow, attention, decoder.family, block[0])
         try:
             yield
         finally:
-            for attention, forward in zip(followers, own, strict=True):
-                del attention.forward
-                if forward is not None:
-                    attention.forward = forward
             remove_handover(decoder.backbone)
 
 
