@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from recipe_runs import write_inputs
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from peft_uniattn.bench.contenders import Contender, Models, medians
@@ -75,6 +77,39 @@ def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_and_reads_the_weights_
         assert thrice.state_bytes == once.state_bytes
         head = model.get_output_embeddings().weight.numel()
         assert thrice.flops == once.flops + 2 * 2 * head  # logits of the end of every chunk
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint with a tokenizer, and a text of which every word is a token."""
+    model = write_inputs(tmp_path)["model_name_or_path"]
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{number % 10}" for number in range(40)))
+    return model, text
+
+
+def test_prompts_come_from_a_text_and_compensation_leaves_a_checkpoint_alone(checkpoint):
+    model, text = checkpoint
+    models = Models(model=str(model), superblock_size=3, dtype="float32", device="cpu")
+    benchmark = TtftBenchmark(models, (8,), batch_size=2, text=str(text))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    words = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    pieces = [words[first : first + 8] for first in range(0, len(words), 8)]
+    prompts = benchmark._from_text(8).tolist()
+    assert all(prompt in pieces for prompt in prompts)
+    assert len(prompts) == 2
+    _, unified = models.build()
+    assert all(not weight.any() for name, weight in unified.named_parameters() if "compensation" in name)
+    arguments = ["--model", str(model), "--text", str(text), "--length", "8", "--device", "cpu", "--dtype", "float32"]
+    result = document("ttft", *arguments, "--superblock-size", "3", "--rounds", "1")
+    assert result["settings"]["text"] == str(text)
+
+
+def test_a_text_that_is_too_short_is_refused(checkpoint):
+    model, text = checkpoint
+    models = Models(model=str(model), dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match="holds 2 prompts of 20 tokens, and 3 are needed"):
+        TtftBenchmark(models, (20,), batch_size=3, text=str(text)).run()
 
 
 @pytest.mark.parametrize("ratio, last", [(1, [5, 6, 7]), (2, [3, 5, 7])])
@@ -193,6 +228,7 @@ def test_every_contender_shows_what_it_achieved_and_took(capsys, monkeypatch):
         (lambda: TtftBenchmark(TINY, (1,)), "must name prompts of 2 tokens or more"),
         (lambda: TtftBenchmark(TINY, (8,), chunk=1), "chunk=1 must be 2 tokens or more, or None"),
         (lambda: TtftBenchmark(TINY, (8,), kept=0.0), "kept=0.0 must be a share of the tiles"),
+        (lambda: TtftBenchmark(TINY, (8,), text="novel.txt"), "text='novel.txt' .* give its folder or name as model"),
         (lambda: DecodeBenchmark(TINY, ((1, 8),)), "must be of 1 sequence and 352 tokens or more"),
         (lambda: MemoryBenchmark(TINY, 0), "length=0 must be 1 or more"),
     ],

@@ -74,7 +74,10 @@ class Models:
 
     @torch.no_grad()
     def build(self) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """The base and the unified model with a random compensation, sharing the weights that both have."""
+        """
+        The base and the unified model, sharing the weights that both have. The compensation is random beside random
+        weights, and zero beside a checkpoint's, whose attention it would otherwise disturb.
+        """
         base = load_model(
             self.shape,
             self.model,
@@ -84,7 +87,10 @@ class Models:
             seed=self.seed,
         ).eval()
         config = UniAttnConfig(
-            superblock_size=self.superblock_size, start_layer=self.start_layer, r=self.rank, init_weights=False
+            superblock_size=self.superblock_size,
+            start_layer=self.start_layer,
+            r=self.rank,
+            init_weights=self.model is not None,
         )
         adapted = get_peft_model(base, config)
         unified = to_standalone(adapted, share_weights=True).eval()

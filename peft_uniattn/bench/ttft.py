@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
+from ..analysis.data import load_sequences
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
 from .simulated import kept_share
@@ -44,6 +45,8 @@ class TtftBenchmark:
         rounds: timed forwards of every contender.
         chunk: tokens that a forward gets at once, with a growing cache; None for the whole prompt. Chunks after the
             first have a mask, which FlashAttention does not take.
+        text: a file of text to take the prompts from, for a checkpoint, so that what followers skip is real; None for
+            random tokens.
     """
 
     models: Models = field(default_factory=Models)
@@ -53,6 +56,7 @@ class TtftBenchmark:
     kept: float | None = None
     rounds: int = 7
     chunk: int | None = None
+    text: str | None = None
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 2:
@@ -63,16 +67,23 @@ class TtftBenchmark:
             raise ValueError(f"chunk={self.chunk} must be 2 tokens or more, or None for prompts in one piece")
         if self.kept is not None and not 0 < self.kept <= 1:
             raise ValueError(f"kept={self.kept} must be a share of the tiles, above 0 and up to 1")
+        if self.text is not None and (self.models.model is None or self.kept is not None):
+            raise ValueError(
+                f"text={self.text!r} shows how much a checkpoint's followers skip; give its folder or name as model, "
+                "and leave out kept"
+            )
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """Measure everything; returns plain JSON types."""
         device = self.models.torch_device
+        prompts = {length: self._from_text(length) for length in self.lengths} if self.text else {}
         base, unified = self.models.build()
         rates = measured_rates(device, base.dtype)
         rows = []
         for length in tqdm(self.lengths, desc="lengths", unit="length"):
-            rows.append(self._measure(base, unified, length, rates))
+            ids = prompts[length] if prompts else self._random(length, base.config.vocab_size)
+            rows.append(self._measure(base, unified, ids.to(base.device), rates))
         return {
             "benchmark": "ttft",
             "conditions": conditions(device) | {"measured_rates": rates},
@@ -81,11 +92,25 @@ class TtftBenchmark:
             "lengths": rows,
         }
 
-    def _measure(
-        self, base: PreTrainedModel, unified: PreTrainedModel, length: int, rates: dict[str, float]
-    ) -> dict[str, Any]:
+    def _random(self, length: int, vocab_size: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.models.seed)
-        ids = torch.randint(base.config.vocab_size, (self.batch_size, length), generator=generator).to(base.device)
+        return torch.randint(vocab_size, (self.batch_size, length), generator=generator)
+
+    def _from_text(self, length: int) -> torch.Tensor:
+        tokenizer = AutoTokenizer.from_pretrained(self.models.model)
+        options = {"length": length, "sequences": self.batch_size, "seed": self.models.seed}
+        pieces = load_sequences(self.text, tokenizer, **options).fit["input_ids"]
+        if len(pieces) < self.batch_size:
+            raise ValueError(
+                f"text={self.text!r} holds {len(pieces)} prompts of {length} tokens, and {self.batch_size} are "
+                "needed; use a longer text, a smaller length or fewer prompts"
+            )
+        return torch.tensor(pieces[:])
+
+    def _measure(
+        self, base: PreTrainedModel, unified: PreTrainedModel, ids: torch.Tensor, rates: dict[str, float]
+    ) -> dict[str, Any]:
+        length = ids.shape[1]
         contenders = self._contenders(base, unified, ids)
         references: dict[str, torch.Tensor] = {}
         green = []

@@ -37,6 +37,9 @@ def ttft(
     chunk: Annotated[
         int | None, typer.Option(help="Tokens of the prompt at once, with a growing cache. Default: all.", min=2)
     ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="With --model: a file of text for prompts, so that skipping is real.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed forwards of every contender.", min=1)] = 7,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -50,6 +53,8 @@ def ttft(
 
         peft-uniattn bench ttft --length 8192 --length 32768 --rank 256 --output ttft.json
 
+        peft-uniattn bench ttft --model Qwen/Qwen2.5-0.5B --length 32768 --text novel.txt --skip-mass 0.01
+
         peft-uniattn bench ttft --shape tiny --length 64 --device cpu --dtype float32
     """
     with reported():
@@ -59,7 +64,7 @@ def ttft(
         from .report import finish, print_card, print_contenders
 
         models = Models(shape, model, superblock_size, start_layer, rank, dtype, device, seed, tuple(back_end or ()))
-        benchmark = TtftBenchmark(models, tuple(length or [8192]), batch_size, skip_mass, kept, rounds, chunk)
+        benchmark = TtftBenchmark(models, tuple(length or [8192]), batch_size, skip_mass, kept, rounds, chunk, text)
         result = benchmark.run()
         print_card(result, "Time to the first token")
         for row in result["lengths"]:
