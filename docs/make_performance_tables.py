@@ -27,10 +27,11 @@ def decode(name: str = "decode_h100.json") -> str:
     return "\n".join(lines)
 
 
-def first_token(name: str = "ttft_8k_h100.json") -> str:
+def first_token(*names: str) -> str:
     """Time to the first token, exact."""
     lines = ["| prompt | base, ms | unified, ms | ratio |", "|---|---|---|---|"]
-    for row in _load(name)["lengths"]:
+    names = names or ("ttft_8k_h100.json", "ttft_32k_rank64_h100.json")
+    for row in (row for name in names for row in _load(name)["lengths"]):
         base = row["ratios"]["fastest_base"]
         unified = f"unified {base.removeprefix('base ')}"
         times = [row["contenders"][one]["median_ms"] for one in (base, unified)]
@@ -62,4 +63,4 @@ def _load(name: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(decode(), first_token(), training(), sep="\n\n")
+    print(decode(), decode("decode_compiled_h100.json"), first_token(), training(), sep="\n\n")

@@ -123,6 +123,46 @@ def eviction(raw: Raw) -> str:
     return grid(("", "evicted", "perplexity", "of the base's cache"), lines)
 
 
+def real_text(raw: Raw) -> str:
+    lines = []
+    for part, rows in raw.items():
+        for row in rows if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ():
+            kept = "all" if row["kept_share"] is None else f"{row['kept_share']:.0%}"
+            settings = (part, row["kernels"], f"{row['skip_mass']:.0%}", kept)
+            if "perplexity" in row:
+                difference = f"{row['mean_difference_of_losses']:+.4f} / {row['mean_absolute_difference']:.4f}"
+                lines.append((*settings, f"perplexity {row['perplexity']:.2f}", difference))
+            else:
+                margins = [first["margin"] for first in row["first_differences"] if first]
+                largest = f"largest logit margin where they part: {max(margins):g}" if margins else "–"
+                lines.append((*settings, f"{row['equal_tokens']:.0%} equal tokens", largest))
+    head = (
+        "part",
+        "kernels",
+        "mass left out",
+        "tiles or blocks kept",
+        "",
+        "against no kernels, nats (mean / absolute)",
+    )
+    return grid(head, lines)
+
+
+def kept_tiles(raw: Raw) -> str:
+    shares: dict[tuple[int, float, int], list[tuple[float, float]]] = {}
+    for row in raw["rows"]:
+        shares.setdefault((row["length"], row["skip_mass"], row["layer"]), []).append((row["prompt"], row["decoded"]))
+    lines = [
+        (
+            f"{length:,}",
+            f"{mass:.0%}",
+            str(layer),
+            *(f"{sum(part) / len(part):.2f}" for part in zip(*found, strict=True)),
+        )
+        for (length, mass, layer), found in sorted(shares.items())
+    ]
+    return grid(("tokens", "mass left out", "leader", "tiles kept, prompt", "blocks kept, decoded"), lines)
+
+
 def rivals(raw: Raw) -> str:
     lines = [
         (name, row.get("plan", "–"), f"{row['held_out_loss']:.3f}", f"{row['kv_bytes_per_token']:,}")

@@ -43,7 +43,7 @@ def test_ratios_of_a_decoded_token_are_those_of_the_raw_result(row):
 
 def test_the_ratio_of_the_first_token_is_that_of_the_raw_result():
     (row,) = raw("ttft_8k_h100.json")["lengths"]
-    assert re.search(rf"first token of 8,192.*\| {row['ratios']['unified sdpa cudnn']:.3f} \|", README)
+    assert re.search(rf"first token of 8,192.*\| {row['ratios']['unified sdpa cudnn']:.3f},", README)
 
 
 def test_ratios_of_training_are_those_of_the_raw_result():
@@ -63,14 +63,30 @@ def test_bytes_of_the_cache_are_those_of_the_raw_result():
     ("row", "words"),
     [
         ("post-train", "plain post-training"),
-        ("llmdrop-half", "LLMDrop, 6 of 30 layers without attention"),
-        ("u-auto12-iah", r"\*\*UniAttn, 12 of 30 layers follow\*\* \(measured plan, W_o fitted as well\)"),
-        ("u-fix12-wc-s1", r"UniAttn, 12 follow \(fixed Superblocks of 4, default W_c, short stage 1\)"),
-        ("llmdrop-full", "LLMDrop, 12 of 30 layers without attention"),
+        ("uniattn-half", r"\*\*UniAttn, 6 of 30 layers follow\*\*"),
+        ("llmdrop-half", "LLMDrop, 6 layers without attention"),
+        ("cla-half", "CLA, 6 layers share keys and values"),
+        ("uniattn", r"\*\*UniAttn, 12 of 30 layers follow\*\*"),
+        ("cla-full", "CLA, 12 layers"),
+        ("llmdrop-full", "LLMDrop, 12 layers"),
     ],
 )
 def test_accuracies_after_training_are_those_of_the_raw_result(row, words):
-    (found,) = (item for item in raw("reproduce_smollm2_levers.json")["rows"] if item["cell"] == row)
-    mean = sum(found["accuracy"].values()) / len(found["accuracy"])
-    loss = found["losses"].get("after stage 2", found["losses"].get("plain fine-tuned base"))
-    assert re.search(rf"\| {words} \| {found['kv_bytes']:,} \| {mean:.1f} \| {loss:.3f} \|", README)
+    found = [item for item in raw("reproduce_smollm2_by_loss.json")["results"] if item["cell"] == row]
+    accuracy = sum(sum(item["accuracy"].values()) / len(item["accuracy"]) for item in found) / len(found)
+    loss = sum(list(item["losses"].values())[-1] for item in found) / len(found)
+    cells = f"{found[0]['kv_bytes']:,} | {accuracy:.1f} | {loss:.3f} | {len(found)}"
+    assert f"{cells} |" in README and re.search(rf"\| {words} \| {re.escape(cells)} \|", README)
+
+
+def test_the_accuracy_of_fixed_superblocks_is_that_of_the_raw_result():
+    (found,) = (row for row in raw("reproduce_smollm2_levers.json")["rows"] if row["cell"] == "u-fix12-wc-s1")
+    assert f"reach {sum(found['accuracy'].values()) / 2:.1f} ([log]" in README
+
+
+def test_ratios_of_compiled_layers_and_of_long_prompts_are_those_of_the_raw_results():
+    shapes = raw("decode_compiled_h100.json")["shapes"]
+    ratios = ", ".join(f"{row['ratios']['unified sdpa cudnn, kernels']:.3f}" for row in shapes)
+    assert f"| the same two, layers compiled on both sides | {ratios} |" in README
+    (row,) = raw("ttft_32k_rank64_h100.json")["lengths"]
+    assert re.search(rf"of 32,768,.*, {row['ratios']['unified sdpa cudnn']:.3f} \|", README)

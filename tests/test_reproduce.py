@@ -15,7 +15,7 @@ from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells, findings
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
 from peft_uniattn.reproduce.matrix import Cell
-from peft_uniattn.reproduce.run import _run_apart
+from peft_uniattn.reproduce.side_by_side import run_apart, side_by_side
 from peft_uniattn.reproduce.table import spread, table
 from peft_uniattn.training.arguments import parse_arguments
 
@@ -55,7 +55,7 @@ def test_rivals_work_on_half_and_on_all_of_the_layers():
 def test_more_rows_than_devices_take_turns(tmp_path):
     devices = Queue()
     devices.put(3)
-    results = [_run_apart(devices, 1, partial(write_row, tmp_path), (Cell(name),), 0) for name in ("first", "second")]
+    results = [run_apart(devices, 1, partial(write_row, tmp_path), (Cell(name),), 0) for name in ("first", "second")]
     assert results == ["first on 3", "second on 3"]
     assert devices.qsize() == 1
 
@@ -64,8 +64,21 @@ def test_a_row_that_fails_is_named_and_gives_its_device_back(tmp_path):
     devices = Queue()
     devices.put(0)
     with pytest.raises(RuntimeError, match="row 'broken' with seed 0 failed"):
-        _run_apart(devices, 1, partial(write_row, tmp_path), (Cell("broken"),), 0)
+        run_apart(devices, 1, partial(write_row, tmp_path), (Cell("broken"),), 0)
     assert devices.qsize() == 1
+
+
+def test_a_row_that_fails_beside_others_is_tried_again_alone(tmp_path):
+    work = [((Cell(name),), 0) for name in ("crowded", "first")]
+    results = list(side_by_side(work, partial(write_row, tmp_path), 2))
+    assert results == ["first on 0", "crowded on 0"]
+
+
+def test_a_row_that_fails_twice_stops_no_other_and_is_named(tmp_path):
+    rows = side_by_side([((Cell(name),), 0) for name in ("broken", "first")], partial(write_row, tmp_path), 1)
+    assert next(rows) == "first on 0"
+    with pytest.raises(RuntimeError, match=r"row 'broken' with seed 0 failed.* The same command tries again"):
+        next(rows)
 
 
 def test_the_ablation_has_the_rows_of_table_2():

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..training.arguments import Arguments, parse_arguments
@@ -22,6 +17,7 @@ from .findings import GROUPINGS, find
 from .matrix import STAGE1_SHARE, TABLES, Cell, Findings, cells
 from .plot import plot, plot_curves
 from .record import write_record
+from .side_by_side import side_by_side
 from .table import notes, table
 from .ttft import Prompts, measure_ttft
 
@@ -143,16 +139,7 @@ class Reproduction:
         if self.jobs == 1:
             yield from (run(group, seed) for group, seed in work)
             return
-        devices: Queue[int] = Queue()
-        for job in range(self.jobs):
-            devices.put(job % max(1, torch.cuda.device_count()))
-        with ThreadPoolExecutor(self.jobs) as pool:
-            rows = [pool.submit(_run_apart, devices, self.jobs, run, group, seed) for group, seed in work]
-            try:
-                for row in as_completed(rows):
-                    yield row.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        yield from side_by_side(work, run, self.jobs)
 
     def _timed(self, results: Sequence[CellResult], rows: Sequence[Cell], shared: Arguments) -> list[CellResult]:
         """Add the times to the first token to results without them, now that nothing else runs; also on disk."""
@@ -178,28 +165,3 @@ class Reproduction:
 
 def _run_cells(group: tuple[Cell, ...], seed: int, **options: object) -> list[CellResult]:
     return run_cells(group, seed, **options)
-
-
-Run = Callable[..., list[CellResult]]
-
-
-def _run_apart(devices: Queue[int], jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> list[CellResult]:
-    """Run rows in a process of their own, on the next free device."""
-    device = devices.get()
-    try:
-        process = multiprocessing.get_context("spawn").Process(
-            target=_on_device, args=(device, jobs, run, group, seed)
-        )
-        process.start()
-        process.join()
-    finally:
-        devices.put(device)
-    if process.exitcode:
-        raise RuntimeError(f"row {group[0].name!r} with seed {seed} failed; its own message is above")
-    return run(group, seed)  # which reads the files that the process has written
-
-
-def _on_device(device: int, jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    run(group, seed)
