@@ -147,3 +147,13 @@ def test_what_comes_after_the_answer_does_not_matter(inputs):
 def test_rows_that_cannot_be_run_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         EXAMPLE["Row"]("wrong", steps=4, batch_size=2, **options)
+
+
+def test_the_divergence_is_torchs_own_where_the_mask_is_true():
+    torch.manual_seed(0)
+    reference, logits = torch.randn(2, 2, 3, 5, dtype=torch.float64)
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    expected = torch.nn.functional.kl_div(
+        logits[mask].log_softmax(-1), reference[mask].log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    torch.testing.assert_close(EXAMPLE["divergence"](reference, logits, mask), expected)
