@@ -177,6 +177,23 @@ def distillation(raw: Raw) -> str:
     return grid(("stage 1 by", "held-out loss after it"), lines)
 
 
+def levers(raw: Raw) -> str:
+    """Rows of `examples/explore_recipe.py`."""
+    lines = [
+        (
+            row["name"],
+            ", ".join(f"{name} {_brief(value)}" for name, value in row["options"].items()) or "–",
+            f"{row['converted_held_out_loss']:.3f}" if "converted_held_out_loss" in row else "–",
+            f"{row['held_out_loss']:.4f}",
+            f"{sum(row['accuracy'].values()) / len(row['accuracy']):.1f}",
+        )
+        for row in raw["rows"]
+    ]
+    head = ("", "what differs", "held-out loss right after conversion", "at the end", "mean accuracy")
+    notes = "\n".join(f"- {note}" for note in raw.get("notes", ()))
+    return f"{grid(head, lines)}\n\n{notes}".strip()
+
+
 def ranks(raw: Raw) -> str:
     names = ("loss", "logits", "gradients", "weights")
     lines = [
@@ -190,6 +207,13 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _brief(value: Any) -> str:
+    """Superblocks by their first and last layers, everything else as it is."""
+    if isinstance(value, list):
+        return " ".join(f"{part[0]}-{part[-1]}" if isinstance(part, list) else str(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _timed(contenders: dict[str, Raw]) -> Iterable[tuple[str, Raw]]:
