@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_adapter, tiny_model
+from matplotlib.figure import Figure
 from recipe_runs import flags, write_inputs
 from test_reproduce import FOUND, flag, result, rows, write_questions
 
@@ -16,7 +17,7 @@ from peft_uniattn.reproduce.cell import CellResult, Evaluation, steps_of, traini
 from peft_uniattn.reproduce.curves import read_curves
 from peft_uniattn.reproduce.findings import _read
 from peft_uniattn.reproduce.held import measure_kv_bytes
-from peft_uniattn.reproduce.plot import plot_curves
+from peft_uniattn.reproduce.plot import _show_the_end, plot_curves
 from peft_uniattn.reproduce.record import Record, short, write_record
 from peft_uniattn.reproduce.table import difference, notes, standard_error, table
 from peft_uniattn.reproduce.ttft import Prompts
@@ -155,6 +156,14 @@ def test_a_picture_is_the_same_every_time(tmp_path):
     for name in ("first.svg", "second.svg"):
         plot_curves(drawn, tmp_path / name, caption="conditions")
     assert (tmp_path / "first.svg").read_text() == (tmp_path / "second.svg").read_text()
+
+
+def test_a_picture_of_losses_shows_where_they_end():
+    axes = Figure().subplots()
+    axes.plot([0, 10, 40], [9.0, 3.0, 2.0])
+    axes.plot([0, 10, 40], [8.0, 2.8, 2.1])
+    _show_the_end(axes)
+    assert axes.get_ylim() == pytest.approx((1.95, 3.05))
 
 
 def test_a_record_is_read_as_it_was_written_but_for_folders(tmp_path):

@@ -49,6 +49,8 @@ def plot_curves(results: Sequence[CellResult], path: Path, *, caption: str) -> N
     """
     Draw the losses of every row on the way, mean over seeds: in training (moving average of 5 logs) and held out.
 
+    The axes show what the last three quarters of the steps need; at the start losses are several times as high.
+
     Args:
         results: of the rows; those without curves, and those that H2O was put on later, have no line.
         path: where the picture goes; its ending decides the format.
@@ -65,19 +67,28 @@ def plot_curves(results: Sequence[CellResult], path: Path, *, caption: str) -> N
                 "linewidth": 1,
             }
             left.plot(*_smooth(_mean(found, TRAINING)), **look)
-            right.plot(*_mean(found, HELD_OUT), **look, marker=_MARKERS[index % len(_MARKERS)], ms=4, label=name)
-            right.plot(*_mean(found, EVALUATIONS), **{**look, "linewidth": 0.7})
+            marker = _MARKERS[index % len(_MARKERS)]
+            right.plot(*_mean(found, EVALUATIONS, HELD_OUT), **look, marker=marker, ms=4, label=name)
         left.set_ylabel("training loss, nats per token")
         right.set_ylabel("held-out loss, nats per token")
         for axes in (left, right):
             axes.set_xlabel("optimizer steps, calibration counted")
+            _show_the_end(axes)
         if trained:
             figure.legend(loc="outside right upper", fontsize="small")
 
 
-def _mean(found: Sequence[CellResult], series: str) -> tuple[list[int], list[float]]:
-    """Steps that every seed has, and the mean of their losses."""
-    curves = [dict(result.curves.get(series, ())) for result in found]
+def _show_the_end(axes: Any) -> None:
+    points = [point for line in axes.lines for point in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+    late = [loss for step, loss in points if step >= max(step for step, _ in points) / 4]
+    if late and min(late) < max(late):
+        margin = 0.05 * (max(late) - min(late))
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+
+
+def _mean(found: Sequence[CellResult], *series: str) -> tuple[list[int], list[float]]:
+    """Steps that every seed has in these series together, and the mean of their losses."""
+    curves = [dict(point for name in series for point in result.curves.get(name, ())) for result in found]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     return steps, [statistics.mean(curve[step] for curve in curves) for step in steps]
 
