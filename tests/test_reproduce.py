@@ -68,15 +68,32 @@ def test_a_row_that_fails_is_named_and_gives_its_device_back(tmp_path):
     assert devices.qsize() == 1
 
 
-def test_a_row_that_fails_beside_others_is_tried_again_alone(tmp_path):
-    work = [((Cell(name),), 0) for name in ("crowded", "first")]
-    results = list(side_by_side(work, partial(write_row, tmp_path), 2))
-    assert results == ["first on 0", "crowded on 0"]
+@pytest.fixture
+def tried(monkeypatch):
+    """Rows in the order in which they are tried, and beside how many; those named so fail once or always."""
+    seen = []
+
+    def run_here(devices, jobs, run, group, seed):
+        (cell,) = group
+        seen.append((cell.name, jobs))
+        if cell.name == "broken" or (cell.name == "crowded" and jobs > 1):
+            raise RuntimeError(f"row {cell.name!r} with seed {seed} failed")
+        return cell.name
+
+    monkeypatch.setattr("peft_uniattn.reproduce.side_by_side.run_apart", run_here)
+    return seen
 
 
-def test_a_row_that_fails_twice_stops_no_other_and_is_named(tmp_path):
-    rows = side_by_side([((Cell(name),), 0) for name in ("broken", "first")], partial(write_row, tmp_path), 1)
-    assert next(rows) == "first on 0"
+def test_a_row_that_fails_beside_others_is_tried_again_alone(tried):
+    results = list(side_by_side([((Cell(name),), 0) for name in ("crowded", "first")], None, 2))
+    assert results == ["first", "crowded"]
+    assert sorted(tried[:2]) == [("crowded", 2), ("first", 2)]
+    assert tried[2:] == [("crowded", 1)]
+
+
+def test_a_row_that_fails_twice_stops_no_other_and_is_named(tried):
+    rows = side_by_side([((Cell(name),), 0) for name in ("broken", "crowded", "first")], None, 2)
+    assert [next(rows), next(rows)] == ["first", "crowded"]
     with pytest.raises(RuntimeError, match=r"row 'broken' with seed 0 failed.* The same command tries again"):
         next(rows)
 
