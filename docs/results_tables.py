@@ -7,6 +7,7 @@ from typing import Any
 
 from peft_uniattn.analysis.record import Record as Analysis
 from peft_uniattn.analysis.tables import markdown
+from peft_uniattn.bench.serve import rows as runs_served
 from peft_uniattn.reproduce.cell import CellResult
 from peft_uniattn.reproduce.table import notes, table
 
@@ -80,19 +81,7 @@ def training_steps(raw: Raw) -> str:
 
 
 def serving(raw: Raw) -> str:
-    lines = [
-        (
-            name,
-            f"{run['request_rate']:g}",
-            f"{run['completed']}/{run['num_prompts']}",
-            f"{run['output_throughput']:.1f}",
-            f"{run['median_ttft_ms']:.0f} / {run['p99_ttft_ms']:.0f}",
-            f"{run['median_tpot_ms']:.0f} / {run['p99_tpot_ms']:.0f}",
-            f"{run['server']['preemptions']:.0f}",
-        )
-        for name, checkpoint in raw["checkpoints"].items()
-        for run in checkpoint["runs"]
-    ]
+    lines = [(*first, preempted) for *first, _, preempted in runs_served(raw)]  # without how many ran at once
     head = ("", "requests/s", "completed", "output tokens/s", "TTFT ms, median / p99", "ms per token, median / p99")
     return grid((*head, "preemptions"), lines)
 

@@ -161,3 +161,14 @@ def moved(model, *, seed: int = 7):
 @pytest.fixture
 def ids() -> torch.Tensor:
     return prompt()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile without what other tests have left in it, and its counters at zero."""
+    from torch._dynamo.utils import counters  # takes a while, and few tests compile
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -19,12 +19,7 @@ from peft_uniattn.cli import app
 TINY = Models(shape="tiny", dtype="float32", device="cpu", rank=4, superblock_size=2, start_layer=2)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture

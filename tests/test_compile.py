@@ -17,12 +17,7 @@ compilers = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("indu
 back_ends = pytest.mark.parametrize("back_end", ["eager", "sdpa"])
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def build(convert, family="llama", **changes):
