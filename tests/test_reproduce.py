@@ -1,5 +1,6 @@
 """The paper's tables on a model of one's own: the right rows, the same steps for all, one file each."""
 
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -11,6 +12,7 @@ from row_stand_in import write_row
 from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
+from peft_uniattn.grouping.choose import Choice
 from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells, findings
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
@@ -255,16 +257,47 @@ def test_superblocks_by_loss_are_measured_on_the_model_that_is_named(tmp_path, d
     def choose(model, dataloader, *, followers, method):
         asked.append((model.config._name_or_path, method, followers))
         assert all((batch["labels"] != -100).any() for batch in dataloader)
-        return [[0, 1, 2], [4, 5]] if followers > 2 else [[4, 5]]
+        return Choice([[0, 1, 2], [4, 5]], None, {2: [[4, 5]]}.get)
 
-    monkeypatch.setattr(findings, "choose_superblocks", choose)
+    monkeypatch.setattr(findings, "choose", choose)
     evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
     options = {"tables": ("main",), "evaluation": evaluation, "grouping": "loss", "grouping_model": str(other)}
     found = findings.find(shared, tmp_path / "findings.json", **options)
-    assert asked == [(str(other), "loss", 4), (str(other), "loss", 2)]
+    assert asked == [(str(other), "loss", 4)]
     assert found.plan.superblocks == ((0, 1, 2), (4, 5))
     assert found.half.superblocks == ((4, 5),)
     assert found.given.superblocks == ((0, 1, 2), (3, 4, 5))
+
+
+def write_training_data(folder, last):
+    """Twenty other questions and `last`, as what `argv` trains on."""
+    before = [{"question": f"w{number} w1", "answer": "w2"} for number in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*before, last]))
+
+
+def test_a_table_that_is_asked_for_later_finds_its_superblocks(tmp_path, data_dir, argv, monkeypatch):
+    shared = parse_arguments([*argv, "--superblocks", "2-3,4-5", "--output_dir", str(tmp_path / "out")])
+    evaluation, path = Evaluation(("social_iqa_cloze",), str(data_dir)), tmp_path / "findings.json"
+    first = findings.find(shared, path, tables=("main",), evaluation=evaluation)
+    assert first.by_error == first.by_similarity == {}
+    later = findings.find(shared, path, tables=("main", "grouping"), evaluation=evaluation)
+    assert dataclasses.replace(later, by_error={}, by_similarity={}) == first
+    for chosen in (later.by_error, later.by_similarity):
+        assert {number: sum(len(block) - 1 for block in blocks) for number, blocks in chosen.items()} == {1: 1, 2: 2}
+    monkeypatch.setattr(findings, "load_model", None)
+    assert findings.find(shared, path, tables=("grouping",), evaluation=evaluation) == later
+
+
+def test_other_questions_are_looked_for_in_data_that_were_searched_before(tmp_path, data_dir, argv):
+    words = "w0 w5 w6 w7 w8 w9 w1 w3 w4"
+    write_training_data(tmp_path, {"question": words, "answer": "w0"})
+    question = {"stem": words, "choices": [{"label": "A", "text": "w0"}]}
+    (data_dir / "dev_rand_split.jsonl").write_text(json.dumps({"question": question, "answerKey": "A"}) + "\n")
+    shared = parse_arguments([*argv, "--test_size", "0", "--output_dir", str(tmp_path / "out")])
+    options = {"path": tmp_path / "findings.json", "tables": ("main",)}
+    findings.find(shared, evaluation=Evaluation(("social_iqa_cloze",), str(data_dir)), **options)
+    with pytest.raises(ValueError, match="hold questions of the evaluation set commonsense_qa_cloze"):
+        findings.find(shared, evaluation=Evaluation(("commonsense_qa_cloze",), str(data_dir)), **options)
 
 
 def reproduced(tmp_path, data_dir, argv, *more):
@@ -290,10 +323,7 @@ def test_every_row_of_the_main_table_is_trained_evaluated_and_kept(tmp_path, dat
 
 
 def test_evaluation_questions_in_training_data_stop_everything(tmp_path, data_dir, argv):
-    data = tmp_path / "data.jsonl"
-    leak = {"question": "w0 w5 w6 w7 w8 w9 w1 w3 w2", "answer": "w0"}
-    rows_before = [{"question": f"w{number} w1", "answer": "w2"} for number in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows_before, leak]))
+    write_training_data(tmp_path, {"question": "w0 w5 w6 w7 w8 w9 w1 w3 w2", "answer": "w0"})
     outcome = reproduced(tmp_path, data_dir, [*argv, "--test_size", "0"])
     assert outcome.exit_code == 1
     assert "hold questions of the evaluation set social_iqa_cloze" in outcome.output

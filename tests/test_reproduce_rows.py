@@ -84,7 +84,7 @@ def test_tables_about_fixed_superblocks_take_those_that_were_given(name):
 def test_findings_are_read_as_they_were_written(found, tmp_path):
     path = tmp_path / "findings.json"
     path.write_text(json.dumps(dataclasses.asdict(found)))
-    assert _read(path) == found
+    assert _read(path) == (found, None)
 
 
 def test_findings_of_an_earlier_release_are_read(tmp_path):
@@ -92,7 +92,7 @@ def test_findings_of_an_earlier_release_are_read(tmp_path):
     del content["given"]
     path = tmp_path / "findings.json"
     path.write_text(json.dumps(content))
-    assert _read(path) == FOUND
+    assert _read(path) == (FOUND, None)
 
 
 @pytest.mark.parametrize("kind", ["base", "standalone"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +32,12 @@ class Choice:
     Attributes:
         superblocks: the Superblocks, for `UniAttnConfig(superblocks=...)`.
         measured: what they were chosen by.
+        again: from another number of followers to its Superblocks, by the same measurements.
     """
 
     superblocks: list[list[int]]
     measured: SharingCosts | SoftmaxSimilarity | LossCosts
+    again: Callable[[int], list[list[int]]]
 
 
 def choose_superblocks(
@@ -132,16 +135,19 @@ def choose(
         raise too_many(wanted, most, layers, max_size)
     check_sharing(model, decoder, list(layers))
 
+    measured: SharingCosts | SoftmaxSimilarity | LossCosts
     if method == "similarity":
-        similarity = softmax_similarity(model, dataloader, progress=progress)
-        return Choice(similar_superblocks(similarity.neighbours(), wanted, **rules), similarity)
-    if method == "loss":
-        losses = measure_losses(model, decoder, dataloader, progress=progress, **rules)
-        return Choice(best_superblocks(losses.pairs, wanted, **rules), losses)
-    costs = measure_costs(
-        model, decoder, dataloader, ridge=ridge, spill_directory=spill_directory, progress=progress, **rules
-    )
-    return Choice(best_superblocks(costs.after, wanted, **rules), costs)
+        measured = softmax_similarity(model, dataloader, progress=progress)
+        again = partial(similar_superblocks, measured.neighbours(), **rules)
+    elif method == "loss":
+        measured = measure_losses(model, decoder, dataloader, progress=progress, **rules)
+        again = partial(best_superblocks, measured.pairs, **rules)
+    else:
+        measured = measure_costs(
+            model, decoder, dataloader, ridge=ridge, spill_directory=spill_directory, progress=progress, **rules
+        )
+        again = partial(best_superblocks, measured.after, **rules)
+    return Choice(again(wanted), measured, again)
 
 
 def followers_for(num_layers: int, *, followers: int | None = None, kv_target: float | None = None) -> int:
