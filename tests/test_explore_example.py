@@ -18,6 +18,7 @@ from word_tokenizer import WORDS, word_tokenizer
 pytest.importorskip("lm_eval")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as `python examples/explore_recipe.py` has it
+LEVERS = EXAMPLES / "explore_levers.json"
 EXAMPLE = runpy.run_path(str(EXAMPLES / "explore_recipe.py"))
 BLOCKS = [[2, 3], [4, 5]]
 ROWS = [
@@ -166,6 +167,12 @@ def test_what_comes_after_the_answer_does_not_matter(inputs):
 def test_rows_that_cannot_be_run_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         EXAMPLE["Row"]("wrong", steps=4, batch_size=2, **options)
+
+
+def test_the_levers_that_come_with_it_can_be_run():
+    rows = [EXAMPLE["Row"](**{"steps": 400, "batch_size": 48, **row}) for row in json.loads(LEVERS.read_text())]
+    assert len({row.name for row in rows}) == len(rows)
+    assert {len(row.followers) for row in rows} == {0, 6, 12}
 
 
 def test_the_divergence_is_torchs_own_where_the_mask_is_true():
