@@ -4,10 +4,10 @@ Levers of the recipe, tried in seconds each: many short training runs of one sma
     python examples/explore_recipe.py MODEL ROWS DATA_DIR TRAINING_FILE... --steps 400 --output levers.json
 
 ROWS is a JSON list such as `[{"name": "plain"}, {"name": "late", "superblocks": [[4, 5], [8, 9]], "plain_steps": 9}]`
-with the options of `Row`; `explore_levers.json` is one for models of 30 layers. DATA_DIR holds the published evaluation
-files. On a GPU an optimizer step is one CUDA graph over batches of one shape. No attention mask is needed: what fills an
-example up comes after its answer, where no token that counts can see it. The output is rewritten after every row, and a
-second call goes on where the first one stopped.
+with the options of `Row`; `explore_levers.json` is one for models of 30 layers. DATA_DIR holds the published
+evaluation files. On a GPU an optimizer step is one CUDA graph over batches of one shape. No attention mask is needed:
+what fills an example up comes after its answer, where no token that counts can see it. The output is rewritten after
+every row, and a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
