@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from results_goals import goals
+
 from peft_uniattn.analysis.record import Record as Analysis
 from peft_uniattn.analysis.tables import markdown
 from peft_uniattn.bench.serve import rows as runs_served
@@ -21,7 +23,11 @@ def rows_of(raw: Raw) -> list[CellResult]:
 
 def reproduce(raw: Raw) -> str:
     results = rows_of(raw)
-    return f"{table(results)}\n\n{notes(results)}"
+    parts = [table(results), notes(results)]
+    if reached := goals(results):
+        head = ("goal", "mean accuracy", "points ± s.e.", "seeds", "verdict")
+        parts += ["What the recipe is [meant to reach](../quality.md), seed by seed:", grid(head, reached)]
+    return "\n\n".join(parts)
 
 
 def analysis(raw: Raw) -> str:

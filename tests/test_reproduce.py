@@ -136,10 +136,13 @@ def test_sizes_keep_the_number_of_followers():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_recipe_takes_the_flags_of_every_row(name, tmp_path):
+@pytest.mark.parametrize("given", [[], ["--superblocks", "8-11,12-15"]], ids=["default plan", "explicit one"])
+def test_the_recipe_takes_the_flags_of_every_row(name, given, tmp_path):
     for cell in cells(name, FOUND):
         stages = ["--stages", ",".join(cell.stages)] if cell.stages else []
-        parse_arguments([*cell.flags, *stages, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"])
+        parse_arguments(
+            [*given, *cell.flags, *stages, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+        )
 
 
 @pytest.fixture

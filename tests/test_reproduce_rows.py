@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -286,6 +287,15 @@ def test_a_row_with_other_settings_is_refused_before_anything_is_run(h2o_run, ch
     monkeypatch.setattr("peft_uniattn.reproduce.cell.TwoStageRun", None)
     other = dataclasses.replace(run, argv=argv, evaluation=dataclasses.replace(run.evaluation, **changes))
     with pytest.raises(ValueError, match=f"uniattn-0.json was made with other settings: {words}"):
+        other.run()
+
+
+def test_arguments_that_do_not_fit_a_row_are_refused_before_anything_is_run(h2o_run, tmp_path, monkeypatch):
+    out, run, _, _ = h2o_run
+    shutil.copy(out / "findings.json", tmp_path)
+    monkeypatch.setattr("peft_uniattn.reproduce.cell.TwoStageRun", None)
+    other = dataclasses.replace(run, directory=tmp_path, argv=(*run.argv, "--rank", "4"), tables=("main",))
+    with pytest.raises(ValueError, match="rank=4 is of UniAttn's compensation"):
         other.run()
 
 

@@ -106,7 +106,7 @@ class Reproduction:
             for group in alike.values()
             if group[0].stages or seed == self.seeds[0]
         ]
-        self._check_finished(work, shared)
+        self._check(work, shared)
         model = self.model or str(shared.model.model_name_or_path)
         results: dict[tuple[str, int], CellResult] = {}
         with tqdm(total=sum(len(group) for group, _ in work), desc="reproducing", unit="row") as bar:
@@ -126,13 +126,16 @@ class Reproduction:
         plot_curves(ordered, self.directory / "curves.svg", caption=self._caption(ordered))
         return ordered
 
-    def _check_finished(self, work: Sequence[tuple[tuple[Cell, ...], int]], shared: Arguments) -> None:
+    def _check(self, work: Sequence[tuple[tuple[Cell, ...], int]], shared: Arguments) -> None:
+        """Raise ValueError for a row that the arguments do not fit, or that is there with other settings."""
         for group, seed in work:
             for cell in group:
+                told = flags_of(cell, steps_of(cell, shared, self.stage1_share))
+                flags = [*self.argv, *told, "--seed", str(seed)]
+                parse_arguments([*flags, "--output_dir", str(self.directory)])
                 path = self.directory / f"{cell.name}-{seed}.json"
                 if path.exists():
-                    flags = flags_of(cell, steps_of(cell, shared, self.stage1_share))
-                    check_same(path, [*self.argv, *flags, "--seed", str(seed)], self.evaluation)
+                    check_same(path, flags, self.evaluation)
 
     def _write(self, results: Sequence[CellResult], found: Findings, model: str) -> None:
         write_record(self.directory / "results.json", results, model=model, command=self.command, findings=found)
