@@ -71,7 +71,8 @@ def choose_superblocks(
         end_layer: where the layers that may be used stop, exclusive. Default: the number of layers.
         follower_mask: which masks may be mixed, as in [`UniAttnConfig`].
         ridge: strength of the ridge in "error", as in [`calibrate`].
-        spill_directory: where "error" keeps hidden states meanwhile. Default: the system's temporary directory.
+        spill_directory: where "error" keeps hidden states that memory has no room for. Default: the system's temporary
+            directory.
         progress: show progress bars.
 
     Returns:
