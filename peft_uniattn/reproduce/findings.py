@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from ..evaluation import check_contamination, task_questions
-from ..grouping import choose_superblocks
+from ..grouping.choose import choose
 from ..inspection import find_adapter
 from ..plan import Plan
 from ..rivals import half_of, measure_attention_similarity
@@ -75,26 +75,27 @@ def find(
     similarity = measure_attention_similarity(model, loader())
     given, half = None, half_of(plan)
     if grouping != "fixed":
-        given, followers = plan, len(plan.followers)
+        given, numbers = plan, (len(plan.followers), -(-len(plan.followers) // 2))
         measured = model if grouping_model is None else _load(arguments, grouping_model)
-        plan, half = (
-            replace(plan, superblocks=as_blocks(blocks))
-            for blocks in (
-                choose_superblocks(measured, loader(), followers=number, method=grouping)
-                for number in (followers, -(-followers // 2))
-            )
-        )
+        chosen = _chosen(measured, loader(), numbers, grouping)
+        plan, half = (replace(given, superblocks=as_blocks(chosen[followers])) for followers in numbers)
         del measured
     found = Findings(plan, half, similarity, given=given)
     if "grouping" in tables:
-        for followers in _numbers_of_followers(found.fixed):
-            found.by_error[followers] = choose_superblocks(model, loader(), followers=followers)
-            found.by_similarity[followers] = choose_superblocks(
-                model, loader(), followers=followers, method="similarity"
-            )
+        numbers = _numbers_of_followers(found.fixed)
+        found.by_error.update(_chosen(model, loader(), numbers, "error"))
+        found.by_similarity.update(_chosen(model, loader(), numbers, "similarity"))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
     return found
+
+
+def _chosen(
+    model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], numbers: Sequence[int], method: str
+) -> dict[int, list[list[int]]]:
+    """For each number of followers, the Superblocks that `method` chooses; measured once for all."""
+    choice = choose(model, batches, followers=max(numbers), method=method)
+    return {followers: choice.with_followers(followers) for followers in numbers}
 
 
 def _batches(data: LoadedData, arguments: Arguments, pad_token_id: int) -> Iterator[dict[str, Any]]:
