@@ -5,6 +5,7 @@ import json
 import shutil
 from functools import partial
 from queue import Queue
+from unittest.mock import Mock
 
 import pytest
 from recipe_runs import flags, write_inputs
@@ -12,7 +13,8 @@ from row_stand_in import write_row
 from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
-from peft_uniattn.grouping.choose import Choice
+from peft_uniattn.grouping import choose
+from peft_uniattn.grouping.losses import LossCosts
 from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells, findings
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
@@ -54,19 +56,12 @@ def test_rivals_work_on_half_and_on_all_of_the_layers():
     assert flag(main["cla-full"], "superblocks") == "8-11,12-15"
 
 
-def test_more_rows_than_devices_take_turns(tmp_path):
+def test_rows_take_turns_on_a_device_also_after_one_that_fails_which_is_named(tmp_path):
     devices = Queue()
     devices.put(3)
-    results = [run_apart(devices, 1, partial(write_row, tmp_path), (Cell(name),), 0) for name in ("first", "second")]
-    assert results == ["first on 3", "second on 3"]
-    assert devices.qsize() == 1
-
-
-def test_a_row_that_fails_is_named_and_gives_its_device_back(tmp_path):
-    devices = Queue()
-    devices.put(0)
     with pytest.raises(RuntimeError, match="row 'broken' with seed 0 failed"):
         run_apart(devices, 1, partial(write_row, tmp_path), (Cell("broken"),), 0)
+    assert run_apart(devices, 1, partial(write_row, tmp_path), (Cell("second"),), 0) == "second on 3"
     assert devices.qsize() == 1
 
 
@@ -252,24 +247,45 @@ def data_dir(tmp_path):
     return write_questions(tmp_path / "data")
 
 
-def test_superblocks_by_loss_are_measured_on_the_model_that_is_named(tmp_path, data_dir, argv, monkeypatch):
+def test_superblocks_by_loss_are_measured_once_on_the_model_that_is_named(tmp_path, data_dir, argv, monkeypatch):
     shared = parse_arguments([*argv, "--output_dir", str(tmp_path / "out")])
     other = shutil.copytree(shared.model.model_name_or_path, tmp_path / "post-trained")
     asked = []
+    cheap = {(0, 1): 0.2, (0, 2): 0.3, (0, 3): 0.4, (4, 5): 0.1}
 
-    def choose(model, dataloader, *, followers, method):
-        asked.append((model.config._name_or_path, method, followers))
+    def measure(model, decoder, dataloader, *, layers, max_size, **options):
+        asked.append(model.config._name_or_path)
         assert all((batch["labels"] != -100).any() for batch in dataloader)
-        return Choice([[0, 1, 2], [4, 5]], None, {2: [[4, 5]]}.get)
+        losses = {}
+        for leader in layers:
+            loss = 1.0
+            for layer in range(leader + 1, min(leader + max_size, layers.stop)):
+                losses[leader, layer] = loss = loss + cheap.get((leader, layer), 9.0)
+        return LossCosts(1.0, losses, tokens=1)
 
-    monkeypatch.setattr(findings, "choose", choose)
+    monkeypatch.setattr("peft_uniattn.grouping.choose.measure_losses", measure)
     evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
     options = {"tables": ("main",), "evaluation": evaluation, "grouping": "loss", "grouping_model": str(other)}
     found = findings.find(shared, tmp_path / "findings.json", **options)
-    assert asked == [(str(other), "loss", 4)]
-    assert found.plan.superblocks == ((0, 1, 2), (4, 5))
-    assert found.half.superblocks == ((4, 5),)
+    assert asked == [str(other)]
+    # 4 followers and 2.
+    assert found.plan.superblocks == ((0, 1, 2, 3), (4, 5))
+    assert found.half.superblocks == ((0, 1), (4, 5))
     assert found.given.superblocks == ((0, 1, 2), (3, 4, 5))
+
+
+def test_groupings_of_every_number_of_followers_are_measured_once_each(tmp_path, data_dir, argv, monkeypatch):
+    argv = [*argv, "--superblock_size", "2", "--output_dir", str(tmp_path / "out")]
+    measures = {name: Mock(wraps=getattr(choose, name)) for name in ("measure_costs", "softmax_similarity")}
+    for name, measure in measures.items():
+        monkeypatch.setattr(choose, name, measure)
+    evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
+    options = {"tables": ("grouping",), "evaluation": evaluation}
+    found = findings.find(parse_arguments(argv), tmp_path / "findings.json", **options)
+    assert [measure.call_count for measure in measures.values()] == [1, 1]
+    for chosen in (found.by_error, found.by_similarity):
+        followers = {number: sum(len(block) - 1 for block in blocks) for number, blocks in chosen.items()}
+        assert followers == {1: 1, 2: 2, 3: 3}
 
 
 def write_training_data(folder, last):

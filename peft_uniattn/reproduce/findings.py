@@ -98,7 +98,7 @@ def _plans(
     choice = choose(measured, loader(), followers=followers, method=grouping)
     chosen, half = (
         replace(plan, superblocks=as_blocks(superblocks))
-        for superblocks in (choice.superblocks, choice.again(-(-followers // 2)))
+        for superblocks in (choice.superblocks, choice.with_followers(-(-followers // 2)))
     )
     return Findings(chosen, half, similarity, given=plan)
 
@@ -107,7 +107,10 @@ def _groups(model: PreTrainedModel, loader: Loader, fixed: Plan) -> dict[str, di
     """The Superblocks that the fixed ones are compared with, by how and for how many followers they were chosen."""
     numbers = _numbers_of_followers(fixed)
     choices = {method: choose(model, loader(), followers=max(numbers), method=method) for method in ONE_PASS}
-    return {f"by_{method}": {number: choice.again(number) for number in numbers} for method, choice in choices.items()}
+    return {
+        f"by_{method}": {number: choice.with_followers(number) for number in numbers}
+        for method, choice in choices.items()
+    }
 
 
 def _asked(arguments: Arguments, evaluation: Evaluation) -> dict[str, Any]:
