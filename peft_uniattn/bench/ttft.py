@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from ..analysis.data import load_sequences
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
+from .profile import where_it_goes
 from .simulated import kept_share
-from .work import Work, head_dim, measured_rates, work
+from .work import Work, dimensions, head_dim, measured_rates, work
 
 # Relative error in the Euclidean norm of the last position's logits, between two ways to the same sums. Through layers
 # of random weights roundings grow: on an H100, FlashAttention and cuDNN were 0.05 apart, both right within 0.003 a
@@ -47,6 +48,7 @@ class TtftBenchmark:
             first have a mask, which FlashAttention does not take.
         text: a file of text to take the prompts from, for a checkpoint, so that what followers skip is real; None for
             random tokens.
+        profile: also find out where the time of every contender goes ([`where_it_goes`]).
     """
 
     models: Models = field(default_factory=Models)
@@ -57,6 +59,7 @@ class TtftBenchmark:
     rounds: int = 7
     chunk: int | None = None
     text: str | None = None
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 2:
@@ -88,6 +91,7 @@ class TtftBenchmark:
             "benchmark": "ttft",
             "conditions": conditions(device) | {"measured_rates": rates},
             "settings": asdict(self),
+            "dimensions": dimensions(base.config),
             "superblocks": unified.config.superblocks,
             "lengths": rows,
         }
@@ -128,9 +132,12 @@ class TtftBenchmark:
                 seconds = times[contender.name]["median_ms"] / 1e3
                 achieved = {"tflop_per_s": model.flops / seconds / 1e12, "gb_per_s": model.bytes / seconds / 1e9}
                 rows[contender.name] |= times[contender.name] | achieved
+                if self.profile:
+                    rows[contender.name]["profile"] = where_it_goes(contender.run, base.device)
         return {
             "length": length,
             "work": {name: asdict(work) for name, work in bounds.items()},
+            "bounds_ms": {name: work.bounds_ms(**rates) for name, work in bounds.items()},
             "bound_ms": {name: work.bound_ms(**rates) for name, work in bounds.items()},
             "contenders": rows,
             "ratios": ratios(rows),
