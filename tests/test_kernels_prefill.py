@@ -20,6 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
 
 from peft_uniattn import kernels  # noqa: E402
+from peft_uniattn.bench import prefill_attention as bench  # noqa: E402
 from peft_uniattn.kernels import prefill, prefill_launch  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -328,3 +329,30 @@ def test_what_is_not_supported_is_left_to_pytorch():
     _, shared = prefill.leader_prefill(query, key, value, skip_mass=0.1)
     odd = follower_value[..., :8]
     assert error(shared.apply(odd), naive.follower_prefill(query, key, odd)) < TOLERANCE[DTYPE]
+
+
+def test_the_benchmark_of_one_layer_compares_ways_to_the_same(monkeypatch):
+    states = inputs(1, 2, 1, 70)[:3]
+    monkeypatch.setattr(bench, "_LONG_SUPERBLOCK", 3)
+    monkeypatch.setattr(bench, "_fused", lambda *states: naive.follower_prefill(*states[:3]))
+    monkeypatch.setattr(bench, "_led", lambda *states: naive.leader_prefill(*states[:3], scaling=states[3]))
+    scaling = states[0].shape[3] ** -0.5
+    expected, denominator, maxima = prefill_launch.lead(*states, scaling)
+    share = bench._random_share(maxima, 0.5, torch.Generator(DEVICE).manual_seed(0))
+    rows = bench._timed(bench._computed(states, denominator, maxima, scaling, share, 0.5), expected, 1)
+    held = []
+    rows |= bench._timed(bench._stored(states, denominator, scaling, DTYPE, share, 0.5, held), expected, 1)
+    assert len(rows) == 7 + 7
+    assert all("median_ms" in row for row in rows.values())
+    errors = [row["relative_error"] for row in rows.values() if row["relative_error"] is not None]
+    assert len(errors) == 4 + 3
+    assert max(errors) < 2 * TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("saved, followers", [(8.0, 1), (6.25, 2), (2.2, 3), (0.0, None), (-1.0, None)])
+def test_the_benchmark_counts_the_followers_that_make_up_for_weighing(saved, followers):
+    times = {"cudnn": 14.7, "flash": 25.1, "leader, weighing": 20.9, "selection": 0.05}
+    times["recomputing 0.4"] = 14.7 - saved
+    rows = {name: {"median_ms": time} for name, time in times.items()}
+    assert bench.followers_to_pay(rows, 0.4) == followers
+    assert bench.followers_to_pay({**rows, "leader, weighing": {"relative_error": "red"}}, 0.4) is None

@@ -52,10 +52,12 @@ STREAM = {**WEIGH, 128: Tuning(128, 128, 8, 3)}
 
 
 @_on_its_device
-def weigh(query, key, denominator, scaling, store=None, mass=True, tuning=None):
+def weigh(query, key, denominator, scaling, store=None, mass=True, tuning=None, by_pointers=False):
     """
     Tiles of s in the type `store` (None: not stored), their scales if that is an 8-bit type, and the mass of each tile
     in its heaviest row, (batch, query heads, query tiles, key tiles).
+
+    The copy engine fetches and stores where it can; with `by_pointers` it does not store.
     """
     batch, heads, length, head_dim = query.shape
     tuning = tuning or WEIGH[head_dim]
@@ -67,12 +69,13 @@ def weigh(query, key, denominator, scaling, store=None, mass=True, tuning=None):
     many = batch, heads, tiles, width if mass else 0
     maxima = torch.zeros(many, dtype=torch.float32, device=query.device)
     tma = _copy_engine(query, key) and len(weights) <= _LARGEST_COORDINATE
+    store_tma = tma and stored > 0 and not by_pointers
     kernels.weigh[(tiles * batch * heads,)](
         _states(query, tuning.rows, tma), _states(key, tuning.columns, tma), denominator,
-        _tiles(weights, tuning, tma and stored > 0), scales, maxima, *query.stride()[:3], *key.stride()[:3],
+        _tiles(weights, tuning, store_tma), scales, maxima, *query.stride()[:3], *key.stride()[:3],
         length, offset, tiles, width, scaling * _LOG2_E,
         HEADS=heads, GROUP=heads // key.shape[1], HEAD_DIM=head_dim, **_shape(offset, tuning),
-        STORE=(2 if scaled else 1) if stored else 0, MASS=mass, TMA=tma,
+        STORE=(2 if scaled else 1) if stored else 0, MASS=mass, TMA=tma, STORE_TMA=store_tma,
         num_warps=tuning.warps, num_stages=tuning.stages,
     )  # fmt: skip
     return weights, scales, maxima
