@@ -238,6 +238,7 @@ def test_every_contender_shows_what_it_achieved_and_took(capsys, monkeypatch):
         (lambda: TtftBenchmark(TINY, (8,), chunk=1), "chunk=1 must be 2 tokens or more, or None"),
         (lambda: TtftBenchmark(TINY, (8,), kept=0.0), "kept=0.0 must be a share of the tiles"),
         (lambda: TtftBenchmark(TINY, (8,), text="novel.txt"), "text='novel.txt' .* give its folder or name as model"),
+        (lambda: TtftBenchmark(TINY, (8,), tiles_gib=-1.0), "tiles_gib=-1.0 must be a number of GiB"),
         (lambda: DecodeBenchmark(TINY, ((1, 8),)), "must be of 1 sequence and 352 tokens or more"),
         (lambda: MemoryBenchmark(TINY, 0), "length=0 must be 1 or more"),
     ],

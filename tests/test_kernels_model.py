@@ -283,3 +283,17 @@ def test_h2o_takes_its_statistic_from_the_leaders_kernel(convert, calls, monkeyp
     # Layer 0 shares nothing, layer 1 leads; neither has s of a prompt at hand.
     assert given == [(9, False), (9, False), *[(1, False), (1, True)] * 3] * 2
     assert (scores[0] - scores[1]).norm() / scores[1].norm() < (0.01 if INTERPRETED else 0.05)
+
+
+@kinds
+def test_a_prompt_with_stored_tiles_is_that_without_kernels(convert, monkeypatch):
+    stored, lead = [], prefill.leader_stored
+    monkeypatch.setattr(prefill, "leader_stored", lambda *a, **k: (stored.append(a[0].shape[2]), lead(*a, **k))[1])
+    ids = prompt(length=70).to(DEVICE)
+    found = []
+    for mode in ("triton", "off"):
+        model = build(convert, kernels=mode)
+        with kernels.tiles_kept(1):
+            found.append(model(ids, past_key_values=cache_for(model, "dynamic")).logits.double())
+    assert stored == [70]
+    assert (found[0] - found[1]).norm() / found[1].norm() < (0.01 if INTERPRETED else 0.05)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -31,6 +31,15 @@ _LONG_SUPERBLOCK = 13
 
 # What a contender runs, and the gate of those whose result is known.
 Contender = tuple[Callable[[], torch.Tensor], float | None]
+
+
+class Tiles(NamedTuple):
+    """A way to store s: its type, and how kernels that store and stream it are launched."""
+
+    name: str
+    store: torch.dtype
+    storing: launch.Tuning
+    streaming: launch.Tuning
 
 
 def main(
@@ -118,21 +127,21 @@ def _computed(states, denominator, maxima, scaling, share, kept) -> dict[str, Co
     }
 
 
-def _stored(states, denominator, scaling, store, share, kept, held) -> dict[str, Contender]:
-    """Storing tiles in the type `store`, streaming them, and a long Superblock of both; `held` has the tiles."""
+def _stored(states, denominator, scaling, tiles: Tiles, share, kept, held) -> dict[str, Contender]:
+    """Storing tiles of one kind, streaming them, and a long Superblock of both; `held` has the tiles."""
     query, key, value = states
-    name, gate = ("fp8", _FP8_GATE) if store.itemsize == 1 else ("bf16", _GATE)
+    name, gate = tiles.name, _FP8_GATE if tiles.store.itemsize == 1 else _GATE
 
     def weigh(denominator: torch.Tensor = denominator, **options) -> torch.Tensor:
         held.clear()  # first: twice the tiles of a long prompt do not fit into a GPU's memory
-        held.extend(launch.weigh(query, key, denominator, scaling, store, **options))
+        held.extend(launch.weigh(query, key, denominator, scaling, tiles.store, tuning=tiles.storing, **options))
         return held[2]
 
     def stream(*share: torch.Tensor) -> torch.Tensor:
-        return launch.stream(held[0], held[1], value, query, *share)
+        return launch.stream(held[0], held[1], value, query, *share, tuning=tiles.streaming)
 
     def superblock() -> torch.Tensor:
-        weigh(_led(*states, scaling)[1], mass=False)
+        weigh(launch.attend(*states, scaling)[1], mass=False)
         for _ in range(_LONG_SUPERBLOCK - 1):
             output = stream()
         return output
@@ -143,27 +152,30 @@ def _stored(states, denominator, scaling, store, share, kept, held) -> dict[str,
         return output
 
     weigh()
-    return {
+    contenders = {
         f"storing {name}": (weigh, None),
         f"storing {name} by pointers": (lambda: weigh(by_pointers=True), None),
         f"storing {name} without weighing": (lambda: weigh(mass=False), None),
         f"streaming {name}": (stream, gate),
-        f"streaming {name} {kept}": (lambda: stream(*share), None),
         f"Superblock of {_LONG_SUPERBLOCK}, {name}": (superblock, gate),
         f"{_LONG_SUPERBLOCK} layers of cudnn, beside {name}": (fused, _GATE),
     }
+    if tiles.storing.columns == launch.RECOMPUTE[query.shape[3]].columns:  # as those of `share`
+        contenders[f"streaming {name} {kept}"] = (lambda: stream(*share), None)
+    return contenders
+
+
+def kinds_of_tiles(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> list[Tiles]:
+    """What s is stored as."""
+    wide = launch.WEIGH[head_dim], launch.STREAM[head_dim]
+    narrow = launch.STORE[head_dim], launch.STREAM_STORED[head_dim]
+    kinds = [Tiles("fp8", torch.float8_e4m3fn, *wide), Tiles("bf16", dtype, *wide)]
+    return kinds if narrow == wide else [*kinds, Tiles("narrow bf16", dtype, *narrow)]
 
 
 def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kind: SDPBackend) -> torch.Tensor:
     with sdpa_kernel(kind):
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def _led(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> tuple[torch.Tensor, ...]:
-    """cuDNN's causal attention, and the natural logarithms of its denominators (batch, query heads, length)."""
-    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
-    output, denominator, *_ = attention(query, key, value, None, True, 0.0, True, False, scale=scaling)
-    return output, denominator.reshape(query.shape[:3])
 
 
 def followers_to_pay(rows: dict[str, dict], kept: float) -> int | None:
