@@ -23,7 +23,7 @@ sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 import results_tables as tables  # noqa: E402
 from results_tables import Raw, grid, rows_of  # noqa: E402
 
-from peft_uniattn.reproduce.plot import plot, plot_curves  # noqa: E402
+from peft_uniattn.reproduce.plot import plot, plot_curves, plot_sweeps, sweeps  # noqa: E402
 
 RESULTS, PLOTS = DOCS / "results", DOCS / "plots"
 MADE = "<!-- made by docs/make_results_pages.py from the raw files; edit those -->"
@@ -179,9 +179,12 @@ def plots_of(path: Path) -> dict[str, Path]:
         return {"Drawn by `peft-uniattn analyze show`": drawn} if drawn.exists() else {}
     if not fnmatch(path.name, "reproduce_*.json"):
         return {}
+    results = rows_of(_load(path))
     pictures = {"Accuracy against the cache that is left": PLOTS / f"{path.stem}.svg"}
-    if any(result.curves for result in rows_of(_load(path))):
+    if any(result.curves for result in results):
         pictures["Losses on the way"] = PLOTS / f"{path.stem}_curves.svg"
+    if sweeps(results):
+        pictures["Accuracy against number and size of Superblocks"] = PLOTS / f"{path.stem}_sweeps.svg"
     return pictures
 
 
@@ -189,7 +192,8 @@ def draw(path: Path) -> None:
     """Draw the pictures of a raw file of `reproduce`."""
     raw = _load(path)
     caption = f"{path.name}, {facts(raw).get('hardware', '')}"
-    for drawing, picture in zip((plot, plot_curves), plots_of(path).values(), strict=False):
+    for picture in plots_of(path).values():
+        drawing = {"curves": plot_curves, "sweeps": plot_sweeps}.get(picture.stem.rpartition("_")[2], plot)
         drawing(rows_of(raw), picture, caption=caption)
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_adapter, tiny_model
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from recipe_runs import flags, write_inputs
 from test_reproduce import FOUND, flag, result, rows, write_questions
@@ -18,7 +19,7 @@ from peft_uniattn.reproduce.cell import CellResult, Evaluation, steps_of, traini
 from peft_uniattn.reproduce.curves import read_curves
 from peft_uniattn.reproduce.findings import _read
 from peft_uniattn.reproduce.held import measure_kv_bytes
-from peft_uniattn.reproduce.plot import _show_the_end, plot_curves
+from peft_uniattn.reproduce.plot import _show_the_end, plot_curves, plot_sweeps
 from peft_uniattn.reproduce.record import Record, short, write_record
 from peft_uniattn.reproduce.same import check_same
 from peft_uniattn.reproduce.table import difference, notes, standard_error, table
@@ -166,6 +167,26 @@ def test_a_picture_of_losses_shows_where_they_end():
     axes.plot([0, 10, 40], [8.0, 2.8, 2.1])
     _show_the_end(axes)
     assert axes.get_ylim() == pytest.approx((1.95, 3.05))
+
+
+def test_a_sweep_shows_accuracy_by_number_and_size(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, **options: drawn.setdefault(len(drawn), (x, y, options)))
+    found = [
+        result("post-train", 0, {"a": 60.0}, 8),
+        *(result("number-2", seed, {"a": accuracy}, 6) for seed, accuracy in enumerate((50.0, 52.0))),
+        result("number-1", 0, {"a": 55.0}, 7),
+        result("size-13", 0, {"a": 40.0}, 6),
+    ]
+    plot_sweeps(found, tmp_path / "sweeps.svg", caption="")
+    (numbers, accuracies, options), (sizes, _, _) = drawn.values()
+    assert (numbers, accuracies, sizes) == ([1, 2], [55.0, 51.0], [13])
+    assert options["yerr"] == pytest.approx([0.0, 2**0.5])
+
+
+def test_a_sweep_without_rows_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="number, size"):
+        plot_sweeps([result("post-train", 0, {"a": 60.0}, 8)], tmp_path / "sweeps.svg", caption="")
 
 
 def test_a_record_is_read_as_it_was_written_but_for_folders(tmp_path):

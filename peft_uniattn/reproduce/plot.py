@@ -18,6 +18,9 @@ _LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 # Logged training losses that are averaged: a single one is of one batch.
 _SMOOTH = 5
 
+# Tables of Figure 4, and what their rows differ in.
+SWEEPS = {"number": "number of Superblocks", "size": "layers per Superblock"}
+
 
 def plot(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
     """
@@ -43,6 +46,42 @@ def plot(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
         axes.set_xlabel("KV cache, KiB per token")
         axes.set_ylabel("mean accuracy, %")
         figure.legend(loc="outside right upper", fontsize="small")
+
+
+def sweeps(results: Sequence[CellResult]) -> dict[str, dict[int, list[CellResult]]]:
+    """The rows of Figure 4 by sweep ("number", "size") and then by how many or how large Superblocks are."""
+    found: dict[str, dict[int, list[CellResult]]] = {}
+    for name, rows in by_cell(results).items():
+        sweep, _, value = name.partition("-")
+        if sweep in SWEEPS and value.isdigit():
+            found.setdefault(sweep, {})[int(value)] = rows
+    return found
+
+
+def plot_sweeps(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
+    """
+    Draw mean accuracy (with the standard deviation over seeds) against the number and the size of Superblocks.
+
+    Args:
+        results: of the rows; only those of these two tables are drawn.
+        path: where the picture goes; its ending decides the format.
+        caption: the conditions, below the picture.
+
+    Raises:
+        ValueError: if no row is of these tables.
+    """
+    found = sweeps(results)
+    if not found:
+        raise ValueError(f"no row is of the tables {', '.join(SWEEPS)}; run one of them first")
+    with _figure(path, caption, size=(4.5 * len(found), 4), panels=len(found)) as (_, panels):
+        for (sweep, rows), axes in zip(found.items(), panels, strict=True):
+            values = sorted(rows)
+            means = [[result.mean_accuracy for result in rows[value]] for value in values]
+            errors = [statistics.stdev(mean) if len(mean) > 1 else 0.0 for mean in means]
+            axes.errorbar(values, list(map(statistics.mean, means)), yerr=errors, fmt="o-", capsize=3, color="0.2")
+            axes.set_xticks(values)
+            axes.set_xlabel(SWEEPS[sweep])
+            axes.set_ylabel("mean accuracy, %")
 
 
 def plot_curves(results: Sequence[CellResult], path: Path, *, caption: str) -> None:

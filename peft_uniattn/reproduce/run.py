@@ -15,7 +15,7 @@ from ..training.journal import write_atomically
 from .cell import CellResult, Evaluation, flags_of, run_cells, steps_of, training_of
 from .findings import GROUPINGS, find
 from .matrix import STAGE1_SHARE, TABLES, Cell, Findings, cells
-from .plot import plot, plot_curves
+from .plot import plot, plot_curves, plot_sweeps, sweeps
 from .record import write_record
 from .same import check_same
 from .side_by_side import side_by_side
@@ -124,6 +124,8 @@ class Reproduction:
         self._write(ordered, found, model)
         plot(ordered, self.directory / "accuracy.svg", caption=self._caption(ordered))
         plot_curves(ordered, self.directory / "curves.svg", caption=self._caption(ordered))
+        if sweeps(ordered):
+            plot_sweeps(ordered, self.directory / "sweeps.svg", caption=self._caption(ordered))
         return ordered
 
     def _check(self, work: Sequence[tuple[tuple[Cell, ...], int]], shared: Arguments) -> None:
