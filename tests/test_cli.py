@@ -83,7 +83,8 @@ def test_help_of_train_lists_every_kind_of_argument_and_shows_an_example():
         (["--superblocks", "16to19"], "superblocks='16to19' must look like '16-19,20-23'"),
         (["--model_name_or_path", "m", "--use_peft"], "use_peft=True"),
         (["--model_name_or_path", "m", "--evaluation", "nowhere:accuracy"], "evaluation='nowhere:accuracy'"),
-        (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
+        (["--config", "no-such-file.yaml"], "config='no-such-file.yaml' does not exist"),
+        (["--learnin_rate", "3"], "unknown arguments: ['--learnin_rate', '3']"),
     ],
 )
 def test_bad_input_of_train_ends_in_one_sentence(arguments, message, tmp_path):

@@ -308,12 +308,17 @@ def parse_arguments(argv: Sequence[str] | None = None, *, prog: str | None = Non
     """
     try:
         return Arguments(*argument_parser(prog).parse_args_and_config(argv))
+    except FileNotFoundError as error:
+        raise ValueError(f"config={error.filename!r} does not exist; give the path of a YAML file") from error
     except ValueError as error:
-        if "use_cpu" not in str(error):
-            raise
-        raise ValueError(
-            "bf16=True needs a GPU, and PyTorch finds none here; add --use_cpu --bf16 false to train on the CPU"
-        ) from error
+        unused = str(error).partition("not used by the HfArgumentParser: ")[2]
+        if unused:
+            raise ValueError(f"unknown arguments: {unused}; --help lists those that there are") from error
+        if "use_cpu" in str(error):
+            raise ValueError(
+                "bf16=True needs a GPU, and PyTorch finds none here; add --use_cpu --bf16 false to train on the CPU"
+            ) from error
+        raise
 
 
 def parse_layers(text: str) -> list[int]:
