@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from results_goals import goals
+
 from peft_uniattn.analysis.record import Record as Analysis
 from peft_uniattn.analysis.tables import markdown
 from peft_uniattn.bench.serve import rows as runs_served
@@ -21,7 +23,11 @@ def rows_of(raw: Raw) -> list[CellResult]:
 
 def reproduce(raw: Raw) -> str:
     results = rows_of(raw)
-    return f"{table(results)}\n\n{notes(results)}"
+    parts = [table(results), notes(results)]
+    if reached := goals(results):
+        head = ("goal", "mean accuracy", "points ± s.e.", "seeds", "verdict")
+        parts += ["What the recipe is [meant to reach](../quality.md), seed by seed:", grid(head, reached)]
+    return "\n\n".join(parts)
 
 
 def analysis(raw: Raw) -> str:
@@ -34,7 +40,8 @@ def first_token(raw: Raw) -> str:
         for name, contender in _timed(row["contenders"]):
             time = f"{contender['median_ms']:.1f}"
             lines.append((f"{row['length']:,}", name, time, _quartiles(contender), _ratio(row, contender)))
-    return grid(("tokens", "contender", "median ms", "quartiles", "of the fastest base"), lines)
+    table = grid(("tokens", "contender", "median ms", "quartiles", "of the fastest base"), lines)
+    return table + _profiles(raw["lengths"])
 
 
 def decode(raw: Raw) -> str:
@@ -44,7 +51,25 @@ def decode(raw: Raw) -> str:
             time, rate = f"{contender['median_ms']:.2f}", f"{contender['gb_per_s']:,.0f}"
             cells = (time, _quartiles(contender, 2), _ratio(row, contender), rate)
             lines.append((f"{row['batch_size']} × {row['length']:,}", name, *cells))
-    return grid(("cached tokens", "contender", "median ms", "quartiles", "of the fastest base", "GB/s"), lines)
+    table = grid(("cached tokens", "contender", "median ms", "quartiles", "of the fastest base", "GB/s"), lines)
+    return table + _profiles(raw["shapes"])
+
+
+def _profiles(rows: list[Raw]) -> str:
+    """Where the time goes, of contenders that were profiled."""
+    profiled = [(row, name, one) for row in rows for name, one in row["contenders"].items() if "profile" in one]
+    if not profiled:
+        return ""
+    groups = list(dict.fromkeys(group for *_, one in profiled for group in one["profile"]["groups_ms"]))
+    lines = []
+    for row, name, one in profiled:
+        times = one["profile"]["groups_ms"]
+        cells = [f"{times[group]:.2f}" if group in times else "–" for group in groups]
+        between = one["median_ms"] - sum(times.values())
+        shape = f"{row['batch_size']} × {row['length']:,}" if "batch_size" in row else f"{row['length']:,}"
+        lines.append((shape, name, *cells, f"{between:.2f}"))
+    head = ("tokens", "ms of one run", *groups, "the rest of the median")
+    return f"\n\n{grid(head, lines)}"
 
 
 def decode_attention(raw: Raw) -> str:

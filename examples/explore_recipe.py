@@ -4,9 +4,10 @@ Levers of the recipe, tried in seconds each: many short training runs of one sma
     python examples/explore_recipe.py MODEL ROWS DATA_DIR TRAINING_FILE... --steps 400 --output levers.json
 
 ROWS is a JSON list such as `[{"name": "plain"}, {"name": "late", "superblocks": [[4, 5], [8, 9]], "plain_steps": 9}]`
-with the options of `Row`; DATA_DIR holds the published evaluation files. On a GPU an optimizer step is one CUDA graph
-over batches of one shape. No attention mask is needed: what fills an example up comes after its answer, where no token
-that counts can see it. The output is rewritten after every row, and a second call goes on where the first one stopped.
+with the options of `Row`; `explore_levers.json` is one for models of 30 layers. DATA_DIR holds the published
+evaluation files. On a GPU an optimizer step is one CUDA graph over batches of one shape. No attention mask is needed:
+what fills an example up comes after its answer, where no token that counts can see it. The output is rewritten after
+every row, and a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -21,28 +22,30 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import typer
+from explore_data import DEVICE, Examples, Questions, load_questions, training_examples
 from peft import get_peft_model
+from torch import nn
+from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from peft_uniattn import LLMDropConfig, UniAttnConfig, calibrate, to_standalone
 from peft_uniattn.bench.conditions import conditions
-from peft_uniattn.evaluation.tasks import task_manager, task_specs
-from peft_uniattn.training.data import IGNORE, DataArguments, load_data
+from peft_uniattn.evaluation import task_questions
+from peft_uniattn.training.data import IGNORE
 from peft_uniattn.training.journal import write_atomically
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTH, ANSWER = 96, 24  # tokens of an example, and of its answer; the few longer ones are left out
-WARMUP, REWARMUP, LOG_EVERY = 12, 8, 20  # steps; the second after a conversion in mid-training
+WARMUP, REWARMUP, LOG_EVERY = 12, 8, 20  # steps; the second where training goes on after a conversion or stage 1
+STAGE1_PARTS, STAGE1_LOSSES = ("compensation", "followers"), ("task", "streams")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,19 @@ class Row:
 
     Attributes:
         compensation: its design, or "none".
+        rank: of the compensation; None: full.
         calibration_examples: the first ones of training; they count as steps. 0 leaves the compensation at zero.
+        ridge: strength of the ridge in calibration.
+        leader_from: of every Superblock, the layer, counted from 0 within it, whose W_q and W_k its leader takes over.
+            Only without compensation, which would be calibrated to the leader's own softmax.
         steps, batch_size: default as in the command.
         plain_steps: so many of the steps before the conversion.
         compensation_learning_rate: factor on `learning_rate`; 0 freezes the compensation.
+        head_scales: factor on the learning rate of a scale, from 1 on, for every query head of the followers; 0: none.
+        stage1_steps: so many of the steps after the conversion train a part of the model only.
+        stage1_parts: "compensation" (W_c), or "followers" (W_c, and the followers' W_v and W_o).
+        stage1_loss: "task", or "streams": the error of the hidden states behind every layer, relative to the base's.
+        stage1_learning_rate: in place of `learning_rate`.
         prompt_kl: weight of the KL divergence from the base on the tokens of the prompt.
         distillation: share of the loss that is the KL divergence from the model just before conversion, 0 to 1.
     """
@@ -66,18 +78,47 @@ class Row:
     superblocks: list[list[int]] | None = None
     dropped_layers: list[int] | None = None
     compensation: str = "input_and_heads"
+    rank: int | None = None
     calibration_examples: int = 480
+    ridge: float = 1e-2
+    leader_from: int = 0
     learning_rate: float = 1e-4
     plain_steps: int = 0
     compensation_learning_rate: float = 1.0
+    head_scales: float = 0.0
+    stage1_steps: int = 0
+    stage1_parts: str = "compensation"
+    stage1_loss: str = "task"
+    stage1_learning_rate: float = 5e-4
     prompt_kl: float = 0.0
     distillation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.superblocks and self.dropped_layers:
             raise ValueError(f"{self.name}: superblocks and dropped_layers exclude each other; leave one out")
-        if self.first > self.steps:
-            raise ValueError(f"{self.name}: {self.first} steps before conversion of steps={self.steps}; use more")
+        if self.first + self.stage1_steps > self.steps:
+            raise ValueError(
+                f"{self.name}: {self.first} steps before conversion and stage1_steps={self.stage1_steps} of "
+                f"steps={self.steps}; use more"
+            )
+        if self.leader_from and self.compensation != "none":
+            raise ValueError(f"{self.name}: leader_from={self.leader_from} goes with compensation='none' only")
+        if self.stage1_parts not in STAGE1_PARTS or self.stage1_loss not in STAGE1_LOSSES:
+            raise ValueError(
+                f"{self.name}: stage1_parts={self.stage1_parts!r} must be one of {', '.join(STAGE1_PARTS)}, and "
+                f"stage1_loss={self.stage1_loss!r} one of {', '.join(STAGE1_LOSSES)}"
+            )
+
+    @property
+    def followers(self) -> list[int]:
+        return [layer for block in self.superblocks or () for layer in block[1:]]
+
+    def in_stage1(self, name: str) -> bool:
+        """Whether stage 1 trains the parameter `name`."""
+        projections = (f"layers.{layer}.self_attn.{part}" for layer in self.followers for part in ("v_proj", "o_proj"))
+        return "compensation" in name or (
+            self.stage1_parts == "followers" and any(part in name for part in projections)
+        )
 
     @property
     def calibrated(self) -> int:
@@ -93,80 +134,6 @@ class Row:
     def first(self) -> int:
         """The first step after the conversion."""
         return self.plain_steps + math.ceil(self.calibrated / self.batch_size)
-
-
-class Examples(NamedTuple):
-    """Token ids (count, length), where the answers' tokens are predicted, and what they are (both (count, answer))."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    targets: torch.Tensor
-
-    @classmethod
-    def pack(cls, rows: list[tuple[list[int], int]], length: int, answer: int, padding: int = 0) -> Examples:
-        """Rows are token ids and where the answer starts in them."""
-        ids = torch.full((len(rows), length), padding)
-        positions, targets = torch.zeros(len(rows), answer, dtype=torch.long), torch.full((len(rows), answer), IGNORE)
-        for row, (tokens, start) in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            positions[row, : len(tokens) - start] = torch.arange(start - 1, len(tokens) - 1)
-            targets[row, : len(tokens) - start] = torch.tensor(tokens[start:])
-        return cls(ids, positions, targets)
-
-    def batch(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor[rows].to(DEVICE) for tensor in self]
-
-    def for_calibration(self, count: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        for rows in torch.arange(min(count, len(self.ids))).split(batch_size):
-            ends = self.positions[rows].amax(1, keepdim=True) + 2
-            mask = (torch.arange(int(ends.max())) < ends).long()
-            yield {"input_ids": self.ids[rows, : mask.shape[1]].to(DEVICE), "attention_mask": mask.to(DEVICE)}
-
-    def prompt_positions(self) -> torch.Tensor:
-        """(1, count): from where the prompts are no longer all alike to the end of the longest."""
-        alike = int((self.ids == self.ids[0]).all(0).long().cumprod(0).sum())
-        return torch.arange(max(alike - 1, 0), int(self.positions[:, 0].max()), device=DEVICE)[None]
-
-
-class Questions(NamedTuple):
-    """One example per choice, `choices` of them per question; `right` is the index of the right one."""
-
-    examples: Examples
-    characters: torch.Tensor
-    choices: list[int]
-    right: list[int]
-
-
-def training_examples(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, held_out: int, seed: int
-) -> tuple[Examples, Examples]:
-    """To train on, and held out."""
-    arguments = DataArguments(dataset_name=files, test_size=held_out)
-    data = load_data(arguments, tokenizer, max_length=LENGTH + 1, seed=seed)  # what was cut is too long, too
-
-    def pack(rows: list[dict[str, list[int]]]) -> Examples:
-        pairs = [(row["input_ids"], row["labels"].count(IGNORE)) for row in rows]
-        kept = [(ids, start) for ids, start in pairs if len(ids) <= LENGTH and len(ids) - start <= ANSWER]
-        return Examples.pack(kept, LENGTH, ANSWER)
-
-    return pack(data.train.to_list()), pack(data.test.to_list())
-
-
-def load_questions(names: list[str], tokenizer: PreTrainedTokenizerBase, data_dir: Path) -> dict[str, Questions]:
-    """The tasks' questions with the paper's prompt."""
-    found = {}
-    for name, task in task_manager().load(task_specs(names, data_dir=data_dir, prompt="paper"))["tasks"].items():
-        rows, characters, choices, right = [], [], [], []
-        for doc in task.eval_docs:
-            prompt, answers = task.doc_to_text(doc), task.doc_to_choice(doc)
-            start = len(tokenizer(prompt)["input_ids"])
-            rows += [(tokenizer(prompt + text)["input_ids"], start) for text in answers]
-            characters += map(len, answers)
-            choices.append(len(answers))
-            right.append(int(task.doc_to_target(doc)))
-        size = max(len(ids) for ids, _ in rows), max(len(ids) - start for ids, start in rows)
-        found[name] = Questions(Examples.pack(rows, *size), torch.tensor(characters), choices, right)
-    return found
 
 
 def precision() -> torch.autocast:
@@ -213,6 +180,32 @@ def loss_of(
     return loss
 
 
+def stream_error(model: PreTrainedModel, batch: list[torch.Tensor], *, base: PreTrainedModel) -> torch.Tensor:
+    """‖h - h_base‖² / ‖h_base‖² of the hidden states h behind every layer, mean over layers and tokens."""
+    ids, positions, _ = batch
+    with torch.no_grad():
+        expected = hidden_states(base, ids)
+    error = (hidden_states(model, ids) - expected).square().sum(-1) / expected.square().sum(-1)
+    mask = torch.arange(ids.shape[1], device=ids.device) < positions.amax(1, keepdim=True) + 2
+    return (error * mask).sum() / mask.sum() / len(error)
+
+
+def hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """(layers, batch, length, hidden size), the last one normalised."""
+    return torch.stack(model.base_model(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]).float()
+
+
+class HeadScales(nn.Module):
+    """One factor per query head, on the columns of W_o."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(heads, device=DEVICE))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return (weight.unflatten(1, (len(self.scale), -1)) * self.scale[:, None]).flatten(1)
+
+
 def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """`step` as one CUDA graph. It runs a few times for that: learning rates must be 0, other state is reset."""
     side = torch.cuda.Stream()
@@ -231,19 +224,35 @@ def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> Call
 
 
 def rate(row: Row, step: int, first: int) -> float:
-    """Warm-up and cosine over the whole row, with a second warm-up where training goes on at step `first`."""
-    again = min(1, (step - first + 1) / REWARMUP) if first and row.plain_steps else 1
+    """Warm-up and cosine from 1 over the whole row, with a second warm-up where training goes on at step `first`."""
+    again = min(1, (step - first + 1) / REWARMUP) if first and (row.plain_steps or row.stage1_steps) else 1
     cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - WARMUP) / max(1, row.steps - WARMUP)))
-    return row.learning_rate * min(1, (step + 1) / WARMUP) * again * cosine
+    return min(1, (step + 1) / WARMUP) * again * cosine
+
+
+def factor_of(row: Row, name: str, stage1: bool) -> float:
+    """By what the learning rate of a parameter differs from the others'."""
+    if stage1 and not row.in_stage1(name):
+        return 0.0
+    if name.endswith(".scale"):
+        return row.head_scales
+    return row.compensation_learning_rate if "compensation" in name else 1.0
 
 
 def train(
-    model: PreTrainedModel, data: Examples, row: Row, steps: range, loss: Callable[..., torch.Tensor]
+    model: PreTrainedModel,
+    data: Examples,
+    row: Row,
+    steps: range,
+    loss: Callable[..., torch.Tensor],
+    *,
+    stage1: bool = False,
 ) -> list[float]:
-    """Train all weights with AdamW without decay; returns the loss of every `LOG_EVERY`-th step."""
+    """Train all weights, or stage 1's, with AdamW without decay; returns the loss of every `LOG_EVERY`-th step."""
     parameters: dict[float, list[torch.nn.Parameter]] = defaultdict(list)  # by the factor of their learning rate
+    peak = row.stage1_learning_rate if stage1 else row.learning_rate
     for name, parameter in model.train().named_parameters():
-        factor = row.compensation_learning_rate if "compensation" in name else 1.0
+        factor = factor_of(row, name, stage1)
         if parameter.requires_grad_(factor > 0).requires_grad:
             parameters[factor].append(parameter)
     groups = [
@@ -272,7 +281,7 @@ def train(
         for buffer, new in zip(batch, data.batch(rows(number)), strict=True):
             buffer.copy_(new)
         for group in optimizer.param_groups:
-            group["lr"].fill_(rate(row, number, steps.start) * group["factor"])
+            group["lr"].fill_(peak * rate(row, number, steps.start) * group["factor"])
         run()
         if (number - steps.start) % LOG_EVERY == 0:
             losses.append(round(last.item(), 4))
@@ -309,10 +318,24 @@ def convert(model: PreTrainedModel, row: Row, data: Examples) -> PreTrainedModel
     model.eval().requires_grad_(False)
     if row.dropped_layers:
         return to_standalone(get_peft_model(model, LLMDropConfig(layers=row.dropped_layers)))
-    adapted = get_peft_model(model, UniAttnConfig(superblocks=row.superblocks, compensation=row.compensation))
+    # Before the followers lose theirs.
+    inside = {block[0]: model.base_model.layers[block[row.leader_from]].self_attn for block in row.superblocks}
+    scores = {leader: copy.deepcopy((own.q_proj, own.k_proj)) for leader, own in inside.items()}
+    config = UniAttnConfig(superblocks=row.superblocks, compensation=row.compensation, r=row.rank)
+    adapted = get_peft_model(model, config)
     if row.calibrated:
-        calibrate(adapted, data.for_calibration(row.calibration_examples, row.batch_size), progress=False)
-    return to_standalone(adapted)
+        examples = data.for_calibration(row.calibration_examples, row.batch_size)
+        calibrate(adapted, examples, ridge=row.ridge, progress=False)
+    converted = to_standalone(adapted)
+    layers = converted.base_model.layers
+    if row.leader_from:
+        for leader, (queries, keys) in scores.items():
+            layers[leader].self_attn.q_proj, layers[leader].self_attn.k_proj = queries, keys
+    if row.head_scales:
+        for layer in row.followers:
+            heads = HeadScales(converted.config.num_attention_heads)
+            parametrize.register_parametrization(layers[layer].self_attn.o_proj, "weight", heads)
+    return converted
 
 
 def run(row: Row, base: PreTrainedModel, data: Examples, held_out: Examples) -> tuple[PreTrainedModel, dict]:
@@ -328,7 +351,12 @@ def run(row: Row, base: PreTrainedModel, data: Examples, held_out: Examples) -> 
     if row.superblocks or row.dropped_layers:
         model = convert(model, row, data)
         found["converted_held_out_loss"] = held_out_loss(model, held_out)
-    found["losses"] = train(model, data, row, range(row.first, row.steps), partial(loss, teacher=teacher))
+    second = row.first + row.stage1_steps
+    if row.stage1_steps:
+        alone = partial(loss, teacher=teacher) if row.stage1_loss == "task" else partial(stream_error, base=base)
+        found["stage1_losses"] = train(model, data, row, range(row.first, second), alone, stage1=True)
+        found["stage1_held_out_loss"] = held_out_loss(model, held_out)
+    found["losses"] = train(model, data, row, range(second, row.steps), partial(loss, teacher=teacher))
     return model, {**found, "held_out_loss": held_out_loss(model, held_out)}
 
 
@@ -371,7 +399,8 @@ def main(
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    data, held_out = training_examples(training_files, tokenizer, held_out_examples, seed)
+    asked = task_questions(list(task), data_dir=data_dir)
+    data, held_out = training_examples(training_files, tokenizer, held_out_examples, seed, asked)
     questions = load_questions(list(task), tokenizer, data_dir)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
     base.eval().requires_grad_(False)

@@ -186,6 +186,8 @@ def test_work_is_counted_from_the_shape():
     one = work(base, 1, 1, 100)
     assert one.flops == 2 * (linear + 64 * 256) + 16 * 2 * 100 * 64
     assert one.bytes == 4 * (linear + 64 * 256 + 16 * 2 * 16 * 100)
+    assert one.bounds_ms(1e6, 1e9) == {"flops": one.flops / 1e3, "bytes": one.bytes / 1e6}
+    assert one.bound_ms(1e6, 1e9) == one.flops / 1e3
     followers = work(unified, 1, 1, 100)
     assert one.bytes - followers.bytes == 4 * (3 * (64 * 64 + 64 * 32) - 3 * 2 * 4 * 64 + 3 * 2 * 16 * 100)
 
@@ -212,9 +214,16 @@ def test_every_contender_shows_what_it_achieved_and_took(capsys, monkeypatch):
         "unified sdpa cudnn": {**timed, "median_ms": 10.0, "relative_error": 0.025},
         "unified sdpa flash": {"relative_error": "RuntimeError: no such kernel", "peak_memory_bytes": None},
     }
-    row = {"contenders": contenders, "bound_ms": {"base": 8.0, "unified": 7.0}, "ratios": {"unified sdpa cudnn": 0.8}}
+    row = {
+        "contenders": contenders,
+        "work": {"base": {"bytes": 24e9, "flops": 3e11}},
+        "bounds_ms": {"base": {"bytes": 8.0, "flops": 0.4}},
+        "ratios": {"unified sdpa cudnn": 0.8},
+    }
     print_contenders(row, "16 x 8,192 tokens")
-    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "16 x 8,192 tokens, bounds of base: 24 GB in 8.00 ms, 0.3 TFLOP in 0.40 ms"
+    lines = [line.replace("│", " ").split() for line in printed]
     assert ["base", "sdpa", "cudnn", "12.50", "20.4", "2131", "31.0", "0.0e+00"] in lines
     assert ["unified", "sdpa", "cudnn", "10.00", "0.800", "20.4", "2131", "31.0", "2.5e-02"] in lines
     assert ["unified", "sdpa", "flash", "no", "time", "RuntimeError:", "no", "such", "kernel"] in lines
@@ -229,6 +238,7 @@ def test_every_contender_shows_what_it_achieved_and_took(capsys, monkeypatch):
         (lambda: TtftBenchmark(TINY, (8,), chunk=1), "chunk=1 must be 2 tokens or more, or None"),
         (lambda: TtftBenchmark(TINY, (8,), kept=0.0), "kept=0.0 must be a share of the tiles"),
         (lambda: TtftBenchmark(TINY, (8,), text="novel.txt"), "text='novel.txt' .* give its folder or name as model"),
+        (lambda: TtftBenchmark(TINY, (8,), tiles_gib=-1.0), "tiles_gib=-1.0 must be a number of GiB"),
         (lambda: DecodeBenchmark(TINY, ((1, 8),)), "must be of 1 sequence and 352 tokens or more"),
         (lambda: MemoryBenchmark(TINY, 0), "length=0 must be 1 or more"),
     ],

@@ -12,8 +12,9 @@ from conftest import loud, prompt, tiny_adapter, tiny_model, transformers_adapte
 from transformers import BatchEncoding
 
 from peft_uniattn import UniAttnConfig, UniAttnLayer, calibrate, to_standalone
+from peft_uniattn.calibration import streams
 from peft_uniattn.calibration.solve import TokenStatistics, factorise, solve_pseudoinverse, solve_ridge
-from peft_uniattn.calibration.streams import original_model, unified_model
+from peft_uniattn.calibration.streams import Spill, original_model, unified_model
 from peft_uniattn.inspection import find_adapter
 
 # Layer 0 is ordinary below, layer 3 between the Superblocks.
@@ -471,7 +472,8 @@ def test_a_tokenizers_batch_encoding_is_a_batch():
     assert run(build(), [BatchEncoding(batch) for batch in batches()]).batches == 4
 
 
-def test_hidden_states_are_kept_on_disk_and_gone_afterwards(tmp_path):
+def test_hidden_states_without_room_in_memory_are_kept_on_disk_and_gone_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "_room_on", lambda device: 0)
     files = []
 
     def generator():
@@ -484,8 +486,59 @@ def test_hidden_states_are_kept_on_disk_and_gone_afterwards(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_more_batches_are_in_memory_than_the_one_at_work_and_the_one_before():
+@both_ranks
+def test_hidden_states_give_the_same_in_memory_on_disk_and_half_and_half(rank, tmp_path, monkeypatch):
+    found, most = {}, {}
+    # Of 64-bit numbers: the streams of 4 batches alone are more than 10,000 bytes.
+    for room in (0, 10_000, 2**20):
+        monkeypatch.setattr(streams, "_room_on", lambda device, room=room: room)
+        model, files = build(rank=rank), []
+        hook = layer_of(model, 5).mlp.register_forward_hook(
+            lambda *_, files=files: files.append(len(list(tmp_path.rglob("*.pt"))))
+        )
+        run(model, spill_directory=tmp_path)
+        hook.remove()
+        found[room], most[room] = all_compensations(model), max(files)
+    assert most[2**20] == 0 < most[10_000] < most[0]
+    for compensations in found.values():
+        assert all(torch.equal(compensations[name], found[0][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("room", [0, 2**20])
+def test_what_waits_is_not_changed_by_work_in_place(room, tmp_path):
+    spill = Spill(tmp_path, room)
+    given = {"query": torch.ones(3), "kwargs": {"scaling": 0.5, "sinks": [torch.ones(2)]}}
+    spill.put(0, "leader", given)
+    given["query"].zero_()
+    for _ in range(2):
+        taken = spill.get(0, "leader")
+        assert torch.equal(taken["query"].zero_() + 1, torch.ones(3))
+        assert torch.equal(taken["kwargs"]["sinks"][0].add_(1), torch.full((2,), 2.0))
+        assert taken["kwargs"]["scaling"] == 0.5
+
+
+def test_what_is_replaced_makes_room(tmp_path):
+    spill = Spill(tmp_path, room=100)
+    for value in (1.0, 2.0):
+        spill.put(0, "original", torch.full((25,), value))
+    assert not list(tmp_path.iterdir())
+    spill.put(1, "original", torch.zeros(25))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert (spill.get(0, "original") == 2).all() and (spill.get(1, "original") == 0).all()
+
+
+def test_what_leaves_memory_is_found_on_disk(tmp_path):
+    spill = Spill(tmp_path, room=100)
+    spill.put(0, "original", torch.ones(25))
+    spill.leave_memory()
+    spill.put(1, "original", torch.ones(1))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert (spill.get(0, "original") == 1).all()
+
+
+def test_without_room_no_more_batches_are_in_memory_than_the_one_at_work_and_the_one_before(monkeypatch):
     """Batches of different widths, so that every tensor of hidden states tells which batch it belongs to."""
+    monkeypatch.setattr(streams, "_room_on", lambda device: 0)
     model, alive, most = build(), [], []
 
     def watch(module, args, output):

@@ -46,6 +46,8 @@ LLMDROP = {
         "gemma-2-9b": [29, 26, 21, 30, 27, 40, 38, 31, 32, 33, 35, 39, 36, 37, 34],
     },
 }
+# Four tenths of the layers follow.
+FOR_REPRODUCE = {"smollm2-135m/choices.yaml": 12, "smollm2-135m/medical.yaml": 12, "qwen2.5-0.5b/choices.yaml": 10}
 DATA = {"pmc": ["axiong/pmc_llama_instructions"], "tulu3": ["allenai/tulu-3-sft-mixture"]}
 # The published shapes: name on the Hub, configuration, number of parameters.
 SHAPES = {
@@ -265,11 +267,12 @@ def test_arguments_of_another_method_are_refused(wrong):
         parse_arguments([*wrong, "--stages", "stage2", "--use_cpu", "true"])
 
 
-@pytest.mark.parametrize("name", ["choices", "medical"])
-def test_presets_for_reproduce_say_their_steps_and_keep_the_papers_batch(name):
-    training = parsed(f"smollm2-135m/{name}.yaml").training
+@pytest.mark.parametrize(("preset", "followers"), FOR_REPRODUCE.items())
+def test_presets_for_reproduce_say_their_steps_and_keep_the_papers_batch(preset, followers):
+    training = parsed(preset).training
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 48
     assert training.max_steps > 0
+    assert len(plan(preset).followers) == followers
 
 
 def test_every_preset_is_tested_by_name():
@@ -278,7 +281,7 @@ def test_every_preset_is_tested_by_name():
         f"{model}/{rival}-{half}.yaml" for model in LEARNING_RATES for rival in ("cla", "llmdrop") for half in CLA
     }
     named |= {f"llama-3.1-8b/{name}.yaml" for name in ("stage1-4bit", "stage2-8bit-adamw")}
-    assert set(PRESETS) == named | {"smollm2-135m/choices.yaml", "smollm2-135m/medical.yaml"}
+    assert set(PRESETS) == named | FOR_REPRODUCE.keys()
 
 
 @pytest.fixture

@@ -143,6 +143,49 @@ def test_a_local_copy_asks_what_the_official_task_asks(name, data_dir, task_mana
     assert asked(only_task(task_manager, local)) == asked(only_task(task_manager, official))
 
 
+def write_training_files(folder, rows):
+    """Six training examples of every set as they are published: the evaluation row with a number in front."""
+    lines = {name: PUBLISHED_LINES[name][0] for name in PUBLISHED_LINES}
+    choices = lines["dev_rand_split.jsonl"]["question"]
+    train = {
+        "medmcqa/train.json": [{**lines["dev.json"], "question": f"{n} Which nerve?"} for n in rows],
+        "phrases_no_exclude_train.jsonl": [
+            {**lines["phrases_no_exclude_test.jsonl"], "question": f"{n} A man coughs. Why?"} for n in rows
+        ],
+        "train_rand_split.jsonl": [
+            {"answerKey": "D", "question": {**choices, "stem": f"{n} {choices['stem']}"}} for n in rows
+        ],
+    }
+    for name, content in train.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    article = PUBLISHED["ori_pqal.json"]["1"]
+    articles = {f"{n + 10}": {**article, "QUESTION": f"{n} Do cells die?"} for n in rows}
+    (folder / "ori_pqal.json").write_text(json.dumps({"1": article, **articles}))
+    with zipfile.ZipFile(folder / "socialiqa-train-dev.zip", "w") as archive:
+        siqa = [{**lines["socialIQa_v1.4_dev.jsonl"], "context": f"{n} Kim left."} for n in rows]
+        archive.writestr("socialiqa-train-dev/train.jsonl", "\n".join(map(json.dumps, siqa)))
+        archive.writestr("socialiqa-train-dev/train-labels.lst", "2\n" * len(rows))
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_five_examples_of_a_local_copy_are_those_of_the_official_task(name, data_dir, task_manager):
+    write_training_files(data_dir / "below", range(6))
+    row = ON_THE_HUB[name]
+    first = next(column for column in ("QUESTION", "sent1", "context", "question") if column in row)
+    train = Dataset.from_list([{**row, first: f"{number} {row[first]}"} for number in range(6)])
+    test = Dataset.from_list([row])
+    hub = DatasetDict({"train": train, "validation": test, "test": test})
+    official = {"group": "official", "task": [{"task": name, "custom_dataset": lambda **_: hub}]}
+    (local,) = task_specs([name], data_dir=data_dir, num_fewshot=5)
+    tasks = [only_task(task_manager, spec) for spec in (local, official)]
+    for task in tasks:
+        task.set_fewshot_seed(0)  # as `evaluate` does
+    prompts = [asked(task, shots=5)["prompt"] for task in tasks]
+    assert prompts[0] == prompts[1]
+    assert sum(f"{number} {row[first]}".strip() in prompts[0] for number in range(6)) == 5
+
+
 @pytest.mark.parametrize("name", PAPER_TASKS)
 def test_the_definition_of_a_local_copy_is_the_file_inside_lm_eval(name, data_dir, task_manager):
     shipped = Path(task_manager.task_index[name].yaml_path).read_text()

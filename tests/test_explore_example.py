@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,28 @@ from transformers import AutoModelForCausalLM
 from word_tokenizer import WORDS, word_tokenizer
 
 pytest.importorskip("lm_eval")
-EXAMPLE = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "explore_recipe.py"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))  # as `python examples/explore_recipe.py` has it
+LEVERS = EXAMPLES / "explore_levers.json"
+EXAMPLE = runpy.run_path(str(EXAMPLES / "explore_recipe.py"))
 BLOCKS = [[2, 3], [4, 5]]
 ROWS = [
     {"name": "plain"},
     {"name": "late", "superblocks": BLOCKS, "calibration_examples": 8, "plain_steps": 1, "distillation": 0.5},
     {"name": "frozen", "superblocks": BLOCKS, "calibration_examples": 4, "compensation_learning_rate": 0},
     {"name": "dropped", "dropped_layers": [3], "prompt_kl": 1.0},
+    {
+        "name": "two stages",
+        "superblocks": BLOCKS,
+        "rank": 2,
+        "calibration_examples": 4,
+        "ridge": 1.0,
+        "head_scales": 10.0,
+        "stage1_steps": 1,
+        "stage1_parts": "followers",
+        "stage1_loss": "streams",
+    },
+    {"name": "inside", "superblocks": BLOCKS, "compensation": "none", "leader_from": 1},
 ]
 QUESTION = {"context": "w1 w2 .", "question": "w3 ?", "answerA": "w4", "answerB": "w5 w6", "answerC": "w7"}
 
@@ -93,16 +110,16 @@ def test_rows_are_trained_and_finished_ones_kept(inputs, tmp_path):
     first = explore(inputs, ROWS[:2], output)
     rows = explore(inputs, ROWS, output)
     assert rows[:2] == first
-    assert [row["name"] for row in rows] == ["plain", "late", "frozen", "dropped"]
+    assert [row["name"] for row in rows] == [row["name"] for row in ROWS]
     assert [row["options"] for row in rows] == [
         {"steps": 4, "batch_size": 4, **{name: value for name, value in row.items() if name != "name"}} for row in ROWS
     ]
     assert [row.keys() & {"plain_losses", "converted_held_out_loss"} for row in rows] == [
         set(),
         {"plain_losses", "converted_held_out_loss"},
-        {"converted_held_out_loss"},
-        {"converted_held_out_loss"},
+        *[{"converted_held_out_loss"}] * 4,
     ]
+    assert [row["name"] for row in rows if "stage1_losses" in row] == ["two stages"]
     assert all(math.isfinite(row["held_out_loss"]) and len(row["losses"]) == 1 for row in rows)
     assert {row["accuracy"]["social_iqa_cloze"] for row in rows} <= {0.0, 100.0}
     with pytest.raises(ValueError, match="other results for seed"):
@@ -142,11 +159,20 @@ def test_what_comes_after_the_answer_does_not_matter(inputs):
     [
         ({"superblocks": BLOCKS, "dropped_layers": [3]}, "exclude each other"),
         ({"plain_steps": 9}, "steps=4"),
+        ({"stage1_steps": 9}, "stage1_steps=9"),
+        ({"leader_from": 1}, "leader_from=1 goes with"),
+        ({"stage1_loss": "mse"}, "stage1_loss='mse'"),
     ],
 )
 def test_rows_that_cannot_be_run_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         EXAMPLE["Row"]("wrong", steps=4, batch_size=2, **options)
+
+
+def test_the_levers_that_come_with_it_can_be_run():
+    rows = [EXAMPLE["Row"](**{"steps": 400, "batch_size": 48, **row}) for row in json.loads(LEVERS.read_text())]
+    assert len({row.name for row in rows}) == len(rows)
+    assert {len(row.followers) for row in rows} == {0, 6, 12}
 
 
 def test_the_divergence_is_torchs_own_where_the_mask_is_true():
@@ -157,3 +183,65 @@ def test_the_divergence_is_torchs_own_where_the_mask_is_true():
         logits[mask].log_softmax(-1), reference[mask].log_softmax(-1), log_target=True, reduction="batchmean"
     )
     torch.testing.assert_close(EXAMPLE["divergence"](reference, logits, mask), expected)
+
+
+def converted(folder, data, **options):
+    """The model of a row right after its conversion, and its base."""
+    row = EXAMPLE["Row"]("row", steps=4, batch_size=4, superblocks=BLOCKS, **options)
+    base, model = (AutoModelForCausalLM.from_pretrained(folder / "base") for _ in range(2))
+    return EXAMPLE["convert"](model, row, data), base, row
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens are few")
+def test_stage_1_moves_what_it_is_told_and_nothing_else(inputs):
+    data, _ = examples(inputs)
+    model, base, row = converted(
+        inputs, data, calibration_examples=4, stage1_steps=2, stage1_parts="followers", stage1_loss="streams"
+    )
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    EXAMPLE["train"](model, data, row, range(1, 3), partial(EXAMPLE["stream_error"], base=base), stage1=True)
+    moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    parts = ("compensation.", "v_proj.weight", "o_proj.weight")
+    assert moved == {
+        name for name in before if any(f"s.{n}.self_attn.{part}" in name for n in (3, 5) for part in parts)
+    }
+    assert len(moved) == 6
+
+
+def test_the_error_of_streams_is_relative_to_each_tokens_length(inputs):
+    data, _ = examples(inputs)
+    model, base, _ = converted(inputs, data, compensation="none")
+    batch = data.batch(torch.arange(3))
+    assert EXAMPLE["stream_error"](base, batch, base=base) == 0
+    expected = []
+    for ids, at in zip(batch[0], batch[1], strict=True):
+        streams = [m(ids[None, : max(at) + 2], output_hidden_states=True).hidden_states[1:] for m in (model, base)]
+        expected += [((h - b).norm(dim=-1) / b.norm(dim=-1)).square()[0] for h, b in zip(*streams, strict=True)]
+    found = EXAMPLE["stream_error"](model, batch, base=base)
+    torch.testing.assert_close(found, torch.cat(expected).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_scale_is_a_factor_of_its_heads_output():
+    torch.manual_seed(0)
+    weight, heads = torch.randn(8, 12), torch.randn(5, 3, 4)
+    scales = EXAMPLE["HeadScales"](3)
+    scales.scale.data = torch.tensor([2.0, 0.5, -1.0])
+    expected = (heads * torch.tensor([2.0, 0.5, -1.0])[:, None]).flatten(1) @ weight.T
+    torch.testing.assert_close(heads.flatten(1) @ scales(weight).T, expected)
+
+
+def test_a_leader_takes_over_queries_and_keys_from_inside(inputs):
+    data, _ = examples(inputs)
+    model, base, _ = converted(inputs, data, compensation="none", leader_from=1)
+    for name in ("q_proj", "k_proj"):
+        taken, own = (getattr(m.model.layers[layer].self_attn, name).weight for m, layer in ((model, 2), (base, 3)))
+        assert torch.equal(taken, own)
+
+
+def test_evaluation_questions_in_training_data_are_refused(inputs, tmp_path):
+    words = " ".join(f"w{number}" for number in range(9))
+    file = tmp_path / "train.json"
+    rows = json.loads((inputs / "train.json").read_text())
+    file.write_text(json.dumps([*rows, {"instruction": words, "input": "", "output": "w1"}]))
+    with pytest.raises(ValueError, match="hold questions of the evaluation set some_set"):
+        EXAMPLE["training_examples"]([str(file)], word_tokenizer(), 8, 0, {"some_set": [words]})

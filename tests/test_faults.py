@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 from trl import SFTTrainer
 
 from peft_uniattn import calibrate, choose_superblocks, to_standalone
+from peft_uniattn.calibration import streams
 from peft_uniattn.disk import write_failure
 from peft_uniattn.training.divergence import StopsAtDivergence
 from peft_uniattn.training.main import main
@@ -53,6 +54,12 @@ def text(batch=4, length=9, seed=2) -> dict[str, torch.Tensor]:
 
 
 # Disks. A limit on the size of files makes the system itself refuse to write, as it does on a full disk.
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """Nothing may wait in memory."""
+    monkeypatch.setattr(streams, "_room_on", lambda device: 0)
 
 
 @contextmanager
@@ -128,7 +135,7 @@ def test_saving_into_a_closed_folder_is_refused_with_its_name(convert, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_calibration_on_a_full_disk_names_the_argument_and_leaves_everything_as_it_was(tmp_path):
+def test_calibration_on_a_full_disk_names_the_argument_and_leaves_everything_as_it_was(no_room, tmp_path):
     model = build()
     before = weights(model)
     with files_up_to(2000), pytest.raises(OSError, match=rf"spill_directory='{tmp_path}': File too large.*more room"):
@@ -151,7 +158,7 @@ def test_calibration_in_a_closed_folder_names_the_argument_before_it_reads_data(
         quiet_calibration(build(), never(), spill_directory="/no/such/folder")
 
 
-def test_choosing_superblocks_on_a_full_disk_names_the_argument(tmp_path):
+def test_choosing_superblocks_on_a_full_disk_names_the_argument(no_room, tmp_path):
     with files_up_to(2000), pytest.raises(OSError, match=rf"spill_directory='{tmp_path}': File too large"):
         choose_superblocks(tiny_model(), [text()], followers=3, spill_directory=tmp_path, progress=False)
 
@@ -418,6 +425,18 @@ def test_positions_that_all_sequences_share_stay_when_batches_are_split():
         calibrate(short, data, progress=False)
     for name, tensor in compensations(short).items():
         torch.testing.assert_close(tensor, compensations(ample)[name], rtol=1e-7, atol=1e-9)
+
+
+def test_short_memory_is_left_to_the_layers(tmp_path):
+    model, files = build(), []
+    Memory(model, sequences=2)
+    layer_hook = model.base_model.model.model.layers[5].mlp.register_forward_hook(
+        lambda *_: files.append(len(list(tmp_path.rglob("*.pt"))))
+    )
+    with pytest.warns(UserWarning, match="out of memory"):
+        calibrate(model, [text(3)], progress=False, spill_directory=tmp_path)
+    layer_hook.remove()
+    assert files and min(files) > 0
 
 
 def test_memory_that_does_not_suffice_for_one_sequence_is_an_error_and_leaves_everything_as_it_was(tmp_path):

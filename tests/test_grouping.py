@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from peft_uniattn import UniAttnConfig, choose_superblocks
 from peft_uniattn.families import find_decoder, find_family
-from peft_uniattn.grouping.choose import followers_for
+from peft_uniattn.grouping.choose import choose, followers_for
 from peft_uniattn.grouping.costs import measure_costs
 from peft_uniattn.grouping.losses import LossCosts, measure_losses
 from peft_uniattn.grouping.partition import best_superblocks
@@ -188,6 +188,16 @@ def test_the_choice_is_a_plan_with_so_many_followers_and_leaves_the_model_alone(
     assert sum(len(block) - 1 for block in superblocks) == 3
     assert torch.equal(model(prompt()).logits, before)
     UniAttnConfig(superblocks=superblocks).make_plan(6)
+
+
+@pytest.mark.parametrize("method", ["error", "similarity", "loss"])
+def test_another_budget_from_what_was_measured_is_what_a_measurement_of_its_own_gives(method):
+    model, settings = tiny_model(), {"method": method, "max_size": 3, "progress": False}
+    choice = choose(model, batch(), followers=4, **settings)
+    for followers in (1, 2, 3):
+        assert choice.with_followers(followers) == choose_superblocks(model, batch(), followers=followers, **settings)
+    with pytest.raises(ValueError, match="followers=5 do not fit"):
+        choice.with_followers(5)
 
 
 def test_a_layer_that_repeats_its_neighbours_softmax_is_chosen_to_follow():

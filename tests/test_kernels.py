@@ -12,7 +12,7 @@ import torch
 from conftest import prompt, tiny_adapter, tiny_model
 
 from peft_uniattn import UniAttnConfig, kernels, to_standalone
-from peft_uniattn.attention import apply_probabilities, decode_probabilities
+from peft_uniattn.attention import apply_probabilities, decode_probabilities, leader_attention
 from peft_uniattn.handover import Handover, LeaderState
 from peft_uniattn.kernels import naive
 
@@ -305,6 +305,32 @@ def test_kernels_are_told_whether_a_prompt_without_a_mask_is_causal(is_causal, m
     with torch.no_grad():
         model(prompt())
     assert told == [(9, is_causal), (9, True)]
+
+
+@pytest.mark.parametrize(
+    "extra, asked",
+    [
+        ({}, True),
+        ({"dropout": 0.0, "softcap": None, "sliding_window": 5}, True),
+        ({"softcap": 30.0}, False),
+        ({"s_aux": torch.zeros(4)}, False),
+        ({"position_bias": torch.zeros(1, 4, 1, 5)}, False),
+        ({"cu_seq_lens_k": torch.tensor([0, 5])}, False),
+        ({"sliding_window": 4}, False),
+        ({"dropout": 0.1}, False),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_what_changes_s_beside_a_mask_never_reaches_a_kernel(extra, asked, queries, monkeypatch):
+    attention = tiny_adapter().base_model.model.model.layers[0].self_attn.base_layer
+    seen = []
+    monkeypatch.setattr("peft_uniattn.attention.lead", lambda *states, **options: seen.append(options))
+    monkeypatch.setattr("peft_uniattn.attention.call_back_end", lambda *states, **options: (None, None))
+    query, key, value = (torch.randn(1, heads, length, 4) for heads, length in ((4, queries), (2, 5), (2, 5)))
+    with torch.no_grad():
+        leader_attention(attention, query, key, value, None, uniattn_handover=Handover(), **extra)
+    assert bool(seen) == asked
 
 
 def test_specification_of_a_chunk_is_the_end_of_the_prompt():

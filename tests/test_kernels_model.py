@@ -260,3 +260,40 @@ def test_compiled_layers_of_the_benchmark_call_the_kernels():
             assert (f"uniattn.{operator}" in text) == bool(options)
     # Nothing can be left out of random attention but rounding.
     assert (found[1] - found[0]).norm() / found[0].norm() < 0.02
+
+
+@kinds
+def test_h2o_takes_its_statistic_from_the_leaders_kernel(convert, calls, monkeypatch):
+    from peft_uniattn import H2OCache, h2o
+    from peft_uniattn.eviction import listening
+
+    given, scores, received = [], [], listening.received
+
+    def record(query, key, mask, scaling, probabilities=None):
+        given.append((query.shape[2], probabilities is not None))
+        return received(query, key, mask, scaling, probabilities)
+
+    monkeypatch.setattr(listening, "received", record)
+    for mode in ("triton", "off"):
+        model, cache = build(convert, kernels=mode), H2OCache(budget=1.0)
+        with h2o(model):
+            continued(model, prompt(), torch.ones_like(LEFT), cache)
+        scores.append(cache.layers[1].scores.double())
+    assert [who for who, _ in calls] == ["leader", "follower"] * 3
+    # Layer 0 shares nothing, layer 1 leads; neither has s of a prompt at hand.
+    assert given == [(9, False), (9, False), *[(1, False), (1, True)] * 3] * 2
+    assert (scores[0] - scores[1]).norm() / scores[1].norm() < (0.01 if INTERPRETED else 0.05)
+
+
+@kinds
+def test_a_prompt_with_stored_tiles_is_that_without_kernels(convert, monkeypatch):
+    stored, lead = [], prefill.leader_stored
+    monkeypatch.setattr(prefill, "leader_stored", lambda *a, **k: (stored.append(a[0].shape[2]), lead(*a, **k))[1])
+    ids = prompt(length=70).to(DEVICE)
+    found = []
+    for mode in ("triton", "off"):
+        model = build(convert, kernels=mode)
+        with kernels.tiles_kept(1):
+            found.append(model(ids, past_key_values=cache_for(model, "dynamic")).logits.double())
+    assert stored == [70]
+    assert (found[0] - found[1]).norm() / found[1].norm() < (0.01 if INTERPRETED else 0.05)

@@ -20,6 +20,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
 
 from peft_uniattn import kernels  # noqa: E402
+from peft_uniattn.bench import prefill_attention as bench  # noqa: E402
 from peft_uniattn.kernels import prefill, prefill_launch  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -328,3 +329,93 @@ def test_what_is_not_supported_is_left_to_pytorch():
     _, shared = prefill.leader_prefill(query, key, value, skip_mass=0.1)
     odd = follower_value[..., :8]
     assert error(shared.apply(odd), naive.follower_prefill(query, key, odd)) < TOLERANCE[DTYPE]
+
+
+def test_the_benchmark_of_one_layer_compares_ways_to_the_same(monkeypatch):
+    states = inputs(1, 2, 1, 70)[:3]
+    monkeypatch.setattr(bench, "_LONG_SUPERBLOCK", 3)
+    monkeypatch.setattr(bench, "_fused", lambda *states: naive.follower_prefill(*states[:3]))
+    scaling = states[0].shape[3] ** -0.5
+    expected, denominator, maxima = prefill_launch.lead(*states, scaling)
+    share = bench._random_share(maxima, 0.5, torch.Generator(DEVICE).manual_seed(0))
+    rows = bench._timed(bench._computed(states, denominator, maxima, scaling, share, 0.5), expected, 1)
+    tiles = bench.kinds_of_tiles(16, DTYPE)[1]
+    rows |= bench._timed(bench._stored(states, denominator, scaling, tiles, share, 0.5, []), expected, 1)
+    assert len(rows) == 7 + 7
+    assert all("median_ms" in row for row in rows.values())
+    errors = [row["relative_error"] for row in rows.values() if row["relative_error"] is not None]
+    assert len(errors) == 4 + 3
+    assert max(errors) < 2 * TOLERANCE[DTYPE]
+
+
+@pytest.mark.parametrize("saved, followers", [(8.0, 1), (6.25, 2), (2.2, 3), (0.0, None), (-1.0, None)])
+def test_the_benchmark_counts_the_followers_that_make_up_for_weighing(saved, followers):
+    times = {"cudnn": 14.7, "flash": 25.1, "leader, weighing": 20.9, "selection": 0.05}
+    times["recomputing 0.4"] = 14.7 - saved
+    rows = {name: {"median_ms": time} for name, time in times.items()}
+    assert bench.followers_to_pay(rows, 0.4) == followers
+    assert bench.followers_to_pay({**rows, "leader, weighing": {"relative_error": "red"}}, 0.4) is None
+
+
+@pytest.fixture
+def tiles_kept():
+    """Lets a test say how many GiB tiles may take."""
+    with kernels.tiles_kept(0):
+        yield kernels.keep_tiles
+
+
+@pytest.mark.parametrize("query_heads, kv_heads, length", [(2, 2, 64), (4, 2, 150), (3, 1, 2)])
+@all_heads
+def test_followers_stream_what_the_leader_of_a_whole_prompt_stored(query_heads, kv_heads, length, head_dim):
+    query, key, value, follower_value = inputs(1, query_heads, kv_heads, length, head_dim)
+    output, shared = prefill.leader_stored(query, key, value, scaling=0.3)
+    wide = [tensor.double() for tensor in (query, key)]
+    assert error(output, naive.follower_prefill(*wide, value.double(), scaling=0.3)) < TOLERANCE[DTYPE]
+    padded = torch.nn.functional.pad(follower_value, (0, 0, 0, 5), value=float("nan"))  # a static cache
+    expected = naive.follower_prefill(*wide, follower_value.double(), scaling=0.3)
+    assert error(shared.apply(padded), expected) < 2 * TOLERANCE[DTYPE]
+    assert error(shared.apply(padded[..., :8]), expected[..., :8]) < 2 * TOLERANCE[DTYPE]
+
+
+def test_tiles_are_stored_within_the_budget_and_where_they_pay(tiles_kept, monkeypatch):
+    states = inputs(1, 2, 1, 70)[:3]
+
+    def stores(mode="triton", followers=12, mask=None, causal=True, skip_mass=0.0):
+        led = kernels.lead(
+            *states, mask, scaling=None, causal=causal, configured=(mode, skip_mass), followers=followers
+        )
+        return led is not None and isinstance(led[1], prefill.StoredTiles)
+
+    assert not stores()
+    tiles_kept((2 * 70 * 70 - 1) / 2**30)
+    assert not stores()
+    tiles_kept(2 * 70 * 70 / 2**30)
+    assert stores()
+    assert not stores("off")
+    assert not stores("auto")
+    assert not stores(causal=False)
+    assert not stores(mask=causal_mask(70, 70, 0, batch=1))
+    assert not stores(skip_mass=0.1)
+    monkeypatch.setattr(kernels, "_WORTH_STORING", ((70, 9),))
+    assert stores("auto", 9)
+    assert not stores("auto", 8)
+    monkeypatch.setattr(kernels, "_TIMED_HEAD_DIM", 8)
+    assert not stores("auto", 9)
+
+
+def test_a_prompt_too_short_of_queries_is_not_stored(tiles_kept):
+    tiles_kept(1)
+    query, key, value, _ = chunk(inputs(1, 2, 1, 70), 30)
+    assert kernels.lead(query, key, value, None, scaling=None, causal=True, configured=("triton", 0.0)) is None
+
+
+@pytest.mark.parametrize("gib", ["much", "-1", -0.5, "nan"])
+def test_a_budget_for_tiles_that_makes_no_sense_is_refused(gib, tiles_kept):
+    with pytest.raises(ValueError, match=r"UNIATTN_TILES_GIB=.* must be a number of GiB, or 0 to store no tiles"):
+        tiles_kept(gib)
+
+
+def test_receipts_say_that_tiles_are_stored(tiles_kept):
+    assert "tiles" not in kernels.describe("auto")
+    tiles_kept("1.5")
+    assert kernels.describe("auto").endswith(", tiles of s in up to 1.5 GiB")

@@ -1,9 +1,11 @@
 """The paper's tables on a model of one's own: the right rows, the same steps for all, one file each."""
 
+import dataclasses
 import json
 import shutil
 from functools import partial
 from queue import Queue
+from unittest.mock import Mock
 
 import pytest
 from recipe_runs import flags, write_inputs
@@ -11,6 +13,8 @@ from row_stand_in import write_row
 from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
+from peft_uniattn.grouping import choose
+from peft_uniattn.grouping.losses import LossCosts
 from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells, findings
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
@@ -52,19 +56,12 @@ def test_rivals_work_on_half_and_on_all_of_the_layers():
     assert flag(main["cla-full"], "superblocks") == "8-11,12-15"
 
 
-def test_more_rows_than_devices_take_turns(tmp_path):
+def test_rows_take_turns_on_a_device_also_after_one_that_fails_which_is_named(tmp_path):
     devices = Queue()
     devices.put(3)
-    results = [run_apart(devices, 1, partial(write_row, tmp_path), (Cell(name),), 0) for name in ("first", "second")]
-    assert results == ["first on 3", "second on 3"]
-    assert devices.qsize() == 1
-
-
-def test_a_row_that_fails_is_named_and_gives_its_device_back(tmp_path):
-    devices = Queue()
-    devices.put(0)
     with pytest.raises(RuntimeError, match="row 'broken' with seed 0 failed"):
         run_apart(devices, 1, partial(write_row, tmp_path), (Cell("broken"),), 0)
+    assert run_apart(devices, 1, partial(write_row, tmp_path), (Cell("second"),), 0) == "second on 3"
     assert devices.qsize() == 1
 
 
@@ -134,10 +131,13 @@ def test_sizes_keep_the_number_of_followers():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_recipe_takes_the_flags_of_every_row(name, tmp_path):
+@pytest.mark.parametrize("given", [[], ["--superblocks", "8-11,12-15"]], ids=["default plan", "explicit one"])
+def test_the_recipe_takes_the_flags_of_every_row(name, given, tmp_path):
     for cell in cells(name, FOUND):
         stages = ["--stages", ",".join(cell.stages)] if cell.stages else []
-        parse_arguments([*cell.flags, *stages, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"])
+        parse_arguments(
+            [*given, *cell.flags, *stages, "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+        )
 
 
 @pytest.fixture
@@ -247,24 +247,76 @@ def data_dir(tmp_path):
     return write_questions(tmp_path / "data")
 
 
-def test_superblocks_by_loss_are_measured_on_the_model_that_is_named(tmp_path, data_dir, argv, monkeypatch):
+def test_superblocks_by_loss_are_measured_once_on_the_model_that_is_named(tmp_path, data_dir, argv, monkeypatch):
     shared = parse_arguments([*argv, "--output_dir", str(tmp_path / "out")])
     other = shutil.copytree(shared.model.model_name_or_path, tmp_path / "post-trained")
     asked = []
+    cheap = {(0, 1): 0.2, (0, 2): 0.3, (0, 3): 0.4, (4, 5): 0.1}
 
-    def choose(model, dataloader, *, followers, method):
-        asked.append((model.config._name_or_path, method, followers))
+    def measure(model, decoder, dataloader, *, layers, max_size, **options):
+        asked.append(model.config._name_or_path)
         assert all((batch["labels"] != -100).any() for batch in dataloader)
-        return [[0, 1, 2], [4, 5]] if followers > 2 else [[4, 5]]
+        losses = {}
+        for leader in layers:
+            loss = 1.0
+            for layer in range(leader + 1, min(leader + max_size, layers.stop)):
+                losses[leader, layer] = loss = loss + cheap.get((leader, layer), 9.0)
+        return LossCosts(1.0, losses, tokens=1)
 
-    monkeypatch.setattr(findings, "choose_superblocks", choose)
+    monkeypatch.setattr("peft_uniattn.grouping.choose.measure_losses", measure)
     evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
     options = {"tables": ("main",), "evaluation": evaluation, "grouping": "loss", "grouping_model": str(other)}
     found = findings.find(shared, tmp_path / "findings.json", **options)
-    assert asked == [(str(other), "loss", 4), (str(other), "loss", 2)]
-    assert found.plan.superblocks == ((0, 1, 2), (4, 5))
-    assert found.half.superblocks == ((4, 5),)
+    assert asked == [str(other)]
+    # 4 followers and 2.
+    assert found.plan.superblocks == ((0, 1, 2, 3), (4, 5))
+    assert found.half.superblocks == ((0, 1), (4, 5))
     assert found.given.superblocks == ((0, 1, 2), (3, 4, 5))
+
+
+def test_groupings_of_every_number_of_followers_are_measured_once_each(tmp_path, data_dir, argv, monkeypatch):
+    argv = [*argv, "--superblock_size", "2", "--output_dir", str(tmp_path / "out")]
+    measures = {name: Mock(wraps=getattr(choose, name)) for name in ("measure_costs", "softmax_similarity")}
+    for name, measure in measures.items():
+        monkeypatch.setattr(choose, name, measure)
+    evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
+    options = {"tables": ("grouping",), "evaluation": evaluation}
+    found = findings.find(parse_arguments(argv), tmp_path / "findings.json", **options)
+    assert [measure.call_count for measure in measures.values()] == [1, 1]
+    for chosen in (found.by_error, found.by_similarity):
+        followers = {number: sum(len(block) - 1 for block in blocks) for number, blocks in chosen.items()}
+        assert followers == {1: 1, 2: 2, 3: 3}
+
+
+def write_training_data(folder, last):
+    """Twenty other questions and `last`, as what `argv` trains on."""
+    before = [{"question": f"w{number} w1", "answer": "w2"} for number in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*before, last]))
+
+
+def test_a_table_that_is_asked_for_later_finds_its_superblocks(tmp_path, data_dir, argv, monkeypatch):
+    shared = parse_arguments([*argv, "--superblocks", "2-3,4-5", "--output_dir", str(tmp_path / "out")])
+    evaluation, path = Evaluation(("social_iqa_cloze",), str(data_dir)), tmp_path / "findings.json"
+    first = findings.find(shared, path, tables=("main",), evaluation=evaluation)
+    assert first.by_error == first.by_similarity == {}
+    later = findings.find(shared, path, tables=("main", "grouping"), evaluation=evaluation)
+    assert dataclasses.replace(later, by_error={}, by_similarity={}) == first
+    for chosen in (later.by_error, later.by_similarity):
+        assert {number: sum(len(block) - 1 for block in blocks) for number, blocks in chosen.items()} == {1: 1, 2: 2}
+    monkeypatch.setattr(findings, "load_model", None)
+    assert findings.find(shared, path, tables=("grouping",), evaluation=evaluation) == later
+
+
+def test_other_questions_are_looked_for_in_data_that_were_searched_before(tmp_path, data_dir, argv):
+    words = "w0 w5 w6 w7 w8 w9 w1 w3 w4"
+    write_training_data(tmp_path, {"question": words, "answer": "w0"})
+    question = {"stem": words, "choices": [{"label": "A", "text": "w0"}]}
+    (data_dir / "dev_rand_split.jsonl").write_text(json.dumps({"question": question, "answerKey": "A"}) + "\n")
+    shared = parse_arguments([*argv, "--test_size", "0", "--output_dir", str(tmp_path / "out")])
+    options = {"path": tmp_path / "findings.json", "tables": ("main",)}
+    findings.find(shared, evaluation=Evaluation(("social_iqa_cloze",), str(data_dir)), **options)
+    with pytest.raises(ValueError, match="hold questions of the evaluation set commonsense_qa_cloze"):
+        findings.find(shared, evaluation=Evaluation(("commonsense_qa_cloze",), str(data_dir)), **options)
 
 
 def reproduced(tmp_path, data_dir, argv, *more):
@@ -290,10 +342,7 @@ def test_every_row_of_the_main_table_is_trained_evaluated_and_kept(tmp_path, dat
 
 
 def test_evaluation_questions_in_training_data_stop_everything(tmp_path, data_dir, argv):
-    data = tmp_path / "data.jsonl"
-    leak = {"question": "w0 w5 w6 w7 w8 w9 w1 w3 w2", "answer": "w0"}
-    rows_before = [{"question": f"w{number} w1", "answer": "w2"} for number in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows_before, leak]))
+    write_training_data(tmp_path, {"question": "w0 w5 w6 w7 w8 w9 w1 w3 w2", "answer": "w0"})
     outcome = reproduced(tmp_path, data_dir, [*argv, "--test_size", "0"])
     assert outcome.exit_code == 1
     assert "hold questions of the evaluation set social_iqa_cloze" in outcome.output

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from peft_uniattn.reproduce.findings import _read
 from peft_uniattn.reproduce.held import measure_kv_bytes
 from peft_uniattn.reproduce.plot import _show_the_end, plot_curves
 from peft_uniattn.reproduce.record import Record, short, write_record
+from peft_uniattn.reproduce.same import check_same
 from peft_uniattn.reproduce.table import difference, notes, standard_error, table
 from peft_uniattn.reproduce.ttft import Prompts
 from peft_uniattn.training.arguments import parse_arguments
@@ -84,7 +86,7 @@ def test_tables_about_fixed_superblocks_take_those_that_were_given(name):
 def test_findings_are_read_as_they_were_written(found, tmp_path):
     path = tmp_path / "findings.json"
     path.write_text(json.dumps(dataclasses.asdict(found)))
-    assert _read(path) == found
+    assert _read(path) == (found, None)
 
 
 def test_findings_of_an_earlier_release_are_read(tmp_path):
@@ -92,7 +94,7 @@ def test_findings_of_an_earlier_release_are_read(tmp_path):
     del content["given"]
     path = tmp_path / "findings.json"
     path.write_text(json.dumps(content))
-    assert _read(path) == FOUND
+    assert _read(path) == (FOUND, None)
 
 
 @pytest.mark.parametrize("kind", ["base", "standalone"])
@@ -270,6 +272,46 @@ def test_what_is_there_is_not_run_again(h2o_run, monkeypatch):
     monkeypatch.setattr("peft_uniattn.reproduce.cell.TwoStageRun", None)
     monkeypatch.setattr("peft_uniattn.reproduce.run.measure_ttft", None)
     assert run.run() == results
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"argv": ["--max_steps", "7"]}, r"max_steps=4 \(was 3\)"),
+        ({"limit": 3}, r"limit=3 \(was None\)"),
+    ],
+)
+def test_a_row_with_other_settings_is_refused_before_anything_is_run(h2o_run, changes, words, monkeypatch):
+    _, run, _, _ = h2o_run
+    argv = (*run.argv, *changes.pop("argv", ()))
+    monkeypatch.setattr("peft_uniattn.reproduce.cell.TwoStageRun", None)
+    other = dataclasses.replace(run, argv=argv, evaluation=dataclasses.replace(run.evaluation, **changes))
+    with pytest.raises(ValueError, match=f"uniattn-0.json was made with other settings: {words}"):
+        other.run()
+
+
+def test_arguments_that_do_not_fit_a_row_are_refused_before_anything_is_run(h2o_run, tmp_path, monkeypatch):
+    out, run, _, _ = h2o_run
+    shutil.copy(out / "findings.json", tmp_path)
+    monkeypatch.setattr("peft_uniattn.reproduce.cell.TwoStageRun", None)
+    other = dataclasses.replace(run, directory=tmp_path, argv=(*run.argv, "--rank", "4"), tables=("main",))
+    with pytest.raises(ValueError, match="rank=4 is of UniAttn's compensation"):
+        other.run()
+
+
+def test_rows_may_be_continued_where_their_folders_have_moved(h2o_run, tmp_path):
+    _, run, results, _ = h2o_run
+    path = tmp_path / "uniattn-0.json"
+    moved = [f"/elsewhere{flag}" if flag.startswith("/") else flag for flag in results[0].flags]
+    dataclasses.replace(results[0], flags=moved).write(path)
+    check_same(path, results[0].flags, run.evaluation)
+
+
+def test_what_a_row_of_an_earlier_release_was_asked_is_not_compared(h2o_run, tmp_path):
+    _, _, results, _ = h2o_run
+    path = tmp_path / "uniattn-0.json"
+    dataclasses.replace(results[0], evaluation={}).write(path)
+    check_same(path, results[0].flags, Evaluation(("another",)))
 
 
 def test_a_chosen_plan_keeps_the_given_one_beside_it():

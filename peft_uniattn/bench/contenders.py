@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ..config import UniAttnConfig
+from ..kernels import tiles_kept
 from ..standalone import to_standalone
 from .shapes import load_model
 
@@ -105,12 +106,14 @@ def back_ends(device: torch.device) -> dict[str, AbstractContextManager]:
 
 
 @contextmanager
-def running(model: PreTrainedModel, back_end: str, kernels: str = "off", skip_mass: float = 0.0) -> Iterator[None]:
-    """Let `model` run on one back end of [`back_ends`], a unified one with or without kernels."""
+def running(
+    model: PreTrainedModel, back_end: str, kernels: str = "off", skip_mass: float = 0.0, tiles_gib: float = 0.0
+) -> Iterator[None]:
+    """Let `model` run on one back end of [`back_ends`], a unified one with kernels and stored tiles or without."""
     model.set_attn_implementation(back_end.split()[0])
     if hasattr(model.config, "superblocks"):
         model.config.kernels, model.config.skip_mass = kernels, skip_mass
-    with back_ends(model.device)[back_end]:
+    with back_ends(model.device)[back_end], tiles_kept(tiles_gib):
         yield
 
 

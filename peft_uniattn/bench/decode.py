@@ -25,9 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .compiled import CompiledLayers
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
+from .profile import where_it_goes
 from .simulated import kept_share
 from .ttft import GATE, ratios
-from .work import followers_of, measured_rates, work
+from .work import dimensions, followers_of, measured_rates, work
 
 _MOST_CONTENDERS = 16
 
@@ -44,6 +45,7 @@ class DecodeBenchmark:
         kept: share of blocks to keep, in place of what `skip_mass` keeps, which on random weights is all of them.
         rounds: timed steps of every contender.
         compiler: back end of torch.compile for the layers of every contender, such as "inductor"; None: as they are.
+        profile: also find out where the time of every contender goes ([`where_it_goes`]).
     """
 
     models: Models = field(default_factory=Models)
@@ -52,6 +54,7 @@ class DecodeBenchmark:
     kept: float | None = None
     rounds: int = 20
     compiler: str | None = None
+    profile: bool = False
 
     def __post_init__(self) -> None:
         least = _MOST_CONTENDERS * (self.rounds + 2)
@@ -79,6 +82,7 @@ class DecodeBenchmark:
             "benchmark": "decode",
             "conditions": conditions(device) | {"measured_rates": rates},
             "settings": asdict(self),
+            "dimensions": dimensions(base.config),
             "superblocks": unified.config.superblocks,
             "shapes": [],
         }
@@ -130,10 +134,14 @@ class DecodeBenchmark:
                     "tflop_per_s": model.flops / seconds / 1e12,
                     "tokens_per_s": batch / seconds,
                 }
+                if self.profile:
+                    _rewind(caches[contender.name.split()[0]])
+                    rows[contender.name]["profile"] = where_it_goes(green[contender.name], base.device)
         return {
             "batch_size": batch,
             "length": length,
             "work": {name: asdict(work) for name, work in bounds.items()},
+            "bounds_ms": {name: work.bounds_ms(**rates) for name, work in bounds.items()},
             "bound_ms": {name: work.bound_ms(**rates) for name, work in bounds.items()},
             "contenders": rows,
             "ratios": ratios(rows),

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from ..analysis.data import load_sequences
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
+from .profile import where_it_goes
 from .simulated import kept_share
-from .work import Work, head_dim, measured_rates, work
+from .work import Work, dimensions, head_dim, measured_rates, work
 
 # Relative error in the Euclidean norm of the last position's logits, between two ways to the same sums. Through layers
 # of random weights roundings grow: on an H100, FlashAttention and cuDNN were 0.05 apart, both right within 0.003 a
@@ -47,6 +48,8 @@ class TtftBenchmark:
             first have a mask, which FlashAttention does not take.
         text: a file of text to take the prompts from, for a checkpoint, so that what followers skip is real; None for
             random tokens.
+        tiles_gib: memory that leaders of a prompt in one piece may take for tiles of s; 0 measures none that do.
+        profile: also find out where the time of every contender goes ([`where_it_goes`]).
     """
 
     models: Models = field(default_factory=Models)
@@ -57,6 +60,8 @@ class TtftBenchmark:
     rounds: int = 7
     chunk: int | None = None
     text: str | None = None
+    profile: bool = False
+    tiles_gib: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 2:
@@ -67,6 +72,8 @@ class TtftBenchmark:
             raise ValueError(f"chunk={self.chunk} must be 2 tokens or more, or None for prompts in one piece")
         if self.kept is not None and not 0 < self.kept <= 1:
             raise ValueError(f"kept={self.kept} must be a share of the tiles, above 0 and up to 1")
+        if not self.tiles_gib >= 0:
+            raise ValueError(f"tiles_gib={self.tiles_gib} must be a number of GiB, or 0 to store no tiles")
         if self.text is not None and (self.models.model is None or self.kept is not None):
             raise ValueError(
                 f"text={self.text!r} shows how much a checkpoint's followers skip; give its folder or name as model, "
@@ -88,6 +95,7 @@ class TtftBenchmark:
             "benchmark": "ttft",
             "conditions": conditions(device) | {"measured_rates": rates},
             "settings": asdict(self),
+            "dimensions": dimensions(base.config),
             "superblocks": unified.config.superblocks,
             "lengths": rows,
         }
@@ -128,9 +136,12 @@ class TtftBenchmark:
                 seconds = times[contender.name]["median_ms"] / 1e3
                 achieved = {"tflop_per_s": model.flops / seconds / 1e12, "gb_per_s": model.bytes / seconds / 1e9}
                 rows[contender.name] |= times[contender.name] | achieved
+                if self.profile:
+                    rows[contender.name]["profile"] = where_it_goes(contender.run, base.device)
         return {
             "length": length,
             "work": {name: asdict(work) for name, work in bounds.items()},
+            "bounds_ms": {name: work.bounds_ms(**rates) for name, work in bounds.items()},
             "bound_ms": {name: work.bound_ms(**rates) for name, work in bounds.items()},
             "contenders": rows,
             "ratios": ratios(rows),
@@ -142,7 +153,14 @@ class TtftBenchmark:
         names = [name for name in self.models.measured_back_ends if short or name != "eager"]
         contenders = [Contender(f"base {name}", self._forward(base, ids, name)) for name in names]
         contenders += [Contender(f"unified {name}", self._forward(unified, ids, name)) for name in names]
-        if not self.skip_mass or ids.device.type != "cuda":
+        if ids.device.type != "cuda":
+            return contenders
+        if self.tiles_gib and "sdpa cudnn" in names:
+            options = {"kernels": "triton", "tiles_gib": self.tiles_gib}
+            contenders.append(
+                Contender("unified sdpa cudnn, stored tiles", self._forward(unified, ids, "sdpa cudnn", **options))
+            )
+        if not self.skip_mass:
             return contenders
         fast = ("sdpa cudnn", "sdpa flash") if self.chunk is None else ("sdpa cudnn", "sdpa efficient")
         for name in names:

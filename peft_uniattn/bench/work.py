@@ -22,9 +22,13 @@ class Work:
     bytes: int
     state_bytes: int
 
+    def bounds_ms(self, flops_per_s: float, bytes_per_s: float) -> dict[str, float]:
+        """The least time in milliseconds at these rates, by `flops` and by `bytes`."""
+        return {"flops": 1e3 * self.flops / flops_per_s, "bytes": 1e3 * self.bytes / bytes_per_s}
+
     def bound_ms(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """The least time in milliseconds at these rates."""
-        return 1e3 * max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+        """The larger of [`bounds_ms`]."""
+        return max(self.bounds_ms(flops_per_s, bytes_per_s).values())
 
 
 def followers_of(model: PreTrainedModel) -> int:
@@ -32,9 +36,25 @@ def followers_of(model: PreTrainedModel) -> int:
     return sum(len(block) - 1 for block in getattr(model.config, "superblocks", None) or ())
 
 
+def dimensions(config: PretrainedConfig) -> dict[str, int]:
+    """What of a model's shape its speed depends on."""
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "query_heads": config.num_attention_heads,
+        "key_value_heads": _key_value_heads(config),
+        "head_dim": head_dim(config),
+        "vocab_size": config.vocab_size,
+    }
+
+
 def head_dim(config: PretrainedConfig) -> int:
     """Coordinates of an attention head, which not every configuration names."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _key_value_heads(config: PretrainedConfig) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def work(model: PreTrainedModel, batch: int, queries: int, keys: int) -> Work:
@@ -63,8 +83,7 @@ def work(model: PreTrainedModel, batch: int, queries: int, keys: int) -> Work:
     flops = 2 * batch * (queries * (linear + active * experts) + head.numel())
     flops += 2 * batch * queries * config.num_attention_heads * head_dim(config) * products
     size = embedding.dtype.itemsize
-    key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    state_bytes = size * states * key_value_heads * head_dim(config) * batch
+    state_bytes = size * states * _key_value_heads(config) * head_dim(config) * batch
     moved = linear + head.numel() + min(1, active * batch * queries) * experts
     return Work(int(flops), size * int(moved) + state_bytes, state_bytes)
 

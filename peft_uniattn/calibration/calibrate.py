@@ -53,8 +53,9 @@ def calibrate(
     Compute the compensation W_c of every follower from data, bottom-up.
 
     The hidden states of the original and of the unified model are carried side by side, layer by layer, so the model
-    is loaded once and the data passes it about twice in all. They are kept on disk in between (two hidden states and
-    a leader's queries and keys per token), so memory use does not depend on the number of samples. Works for full and
+    is loaded once and the data passes it about twice in all. In between they (two hidden states and a leader's queries
+    and keys per token) stay on the device as long as they are small, up to 2 GiB or a quarter of the free memory of a
+    GPU, 256 MiB elsewhere; the rest is kept on disk, so memory use does not grow with the samples. Works for full and
     low-rank compensation; for low rank it finds the factors that lose least of x·W_c on this data. Every design of
     compensation is fitted to what it can mend: the error of the residual stream after attention, through W_o where it
     adds before W_o, or the error after the whole layer where it adds there. Where a batch is too large for the memory
@@ -70,7 +71,8 @@ def calibrate(
         ridge: strength of the ridge, relative to the mean square of the inputs' coordinates.
         adapter_name: default the active adapter.
         max_batches: use only the first batches.
-        spill_directory: where to keep hidden states meanwhile. Default: the system's temporary directory.
+        spill_directory: where to keep hidden states that memory has no room for. Default: the system's temporary
+            directory.
         progress: show a progress bar and print the report.
 
     Returns:
@@ -101,7 +103,7 @@ def calibrate(
     before = {layer: _weights(adapter, layer) for layer in followers}
     try:
         with (
-            spill_below(spill_directory) as spill,
+            spill_below(spill_directory, adapter.base.get_input_embeddings().weight.device) as spill,
             unified_model(adapter),
             evaluation_mode(adapter.base),
             torch.no_grad(),
@@ -167,6 +169,7 @@ class _Calibration:
                 if not should_reduce_batch_size(error):
                     raise
             # Not in the handler, where the exception holds on to the tensors of the frames that it came through.
+            self.spill.leave_memory()
             clear_device_cache(garbage_collection=True)
             self._halve_parts()
 

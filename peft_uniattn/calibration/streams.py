@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import nn
 
 from ..disk import write_failure
@@ -18,14 +19,47 @@ from ..handover import HANDOVER, Handover, LeaderState
 from ..inspection import Adapter
 from ..modes import replaced_forwards
 
+# What stays in memory in all. On a GPU the way to disk takes longer than the layers; host memory is what it protects.
+_ROOM_ON_GPU = 2 * 2**30
+_ROOM_ON_HOST = 2**28
+
 
 class Spill:
-    """Tensors on disk, by batch and name: memory use does not grow with the number of samples."""
+    """
+    Tensors by batch and name, in memory while there is room and else on disk: memory use does not grow with the data.
 
-    def __init__(self, directory: str | Path) -> None:
+    What comes back is always a copy, of what was put at the time, as a layer or a data loader may work in place.
+
+    Args:
+        directory: for what finds no room.
+        room: bytes that may stay in memory, on whichever device they are.
+    """
+
+    def __init__(self, directory: str | Path, room: int) -> None:
         self._directory = Path(directory)
+        self._room = room
+        self._kept: dict[tuple[Hashable, str], tuple[Any, int]] = {}
 
     def put(self, batch: Hashable, name: str, value: Any) -> None:
+        self._room += self._kept.pop((batch, name), (None, 0))[1]
+        size = sum(tensor.nbytes for tensor in _tensors(value))
+        if size > self._room:
+            return self._write(batch, name, value)
+        self._room -= size
+        self._kept[batch, name] = _copy(value), size
+
+    def get(self, batch: Hashable, name: str) -> Any:
+        if (batch, name) in self._kept:
+            return _copy(self._kept[batch, name][0])
+        return torch.load(self._path(batch, name), weights_only=True)
+
+    def leave_memory(self) -> None:
+        """Move everything to disk, now and from now on."""
+        kept, self._kept, self._room = self._kept, {}, 0
+        for (batch, name), (value, _) in kept.items():
+            self._write(batch, name, value)
+
+    def _write(self, batch: Hashable, name: str, value: Any) -> None:
         try:
             with open(self._path(batch, name), "wb") as file:
                 torch.save(value, file)
@@ -38,17 +72,39 @@ class Spill:
                 "are kept there meanwhile; give a directory with more room, or less data",
             ) from error
 
-    def get(self, batch: Hashable, name: str, device: torch.device | None = None) -> Any:
-        return torch.load(self._path(batch, name), map_location=device, weights_only=True)
-
     def _path(self, batch: Hashable, name: str) -> Path:
         return self._directory / f"{batch}.{name}.pt"
 
 
+def _copy(value: Any) -> Any:
+    return recursively_apply(torch.clone, value)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _room_on(device: torch.device) -> int:
+    """Bytes that a spill may keep in memory; other processes may use the same GPU."""
+    if device.type != "cuda":
+        return _ROOM_ON_HOST
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(_ROOM_ON_GPU, free // 4)
+
+
 @contextmanager
-def spill_below(directory: str | Path | None) -> Iterator[Spill]:
+def spill_below(directory: str | Path | None, device: torch.device) -> Iterator[Spill]:
     """
-    A spill in a temporary directory below `directory` (None: the system's own place for them).
+    A spill in memory and, beyond that, in a temporary directory.
+
+    Args:
+        directory: where that directory is made. None: the system's own place for them.
+        device: where the tensors will be. Up to 2 GiB stay on a GPU, but no more than a quarter of what is free there
+            now; elsewhere up to 256 MiB stay in memory.
 
     Raises:
         OSError: if nothing can be written there.
@@ -60,7 +116,7 @@ def spill_below(directory: str | Path | None) -> Iterator[Spill]:
             error.errno, f"spill_directory={str(directory)!r}: {error.strerror}; give a directory that can be written"
         ) from error
     with temporary as path:
-        yield Spill(path)
+        yield Spill(path, _room_on(device))
 
 
 class LayerRunner:

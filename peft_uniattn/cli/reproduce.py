@@ -28,6 +28,7 @@ def reproduce(
         Path | None, typer.Option(help="Directory with the published evaluation files. Default: the Hub.", exists=True)
     ] = None,
     prompt: Annotated[str, typer.Option(help="paper, as the rows are trained, or official.")] = "paper",
+    num_fewshot: Annotated[int, typer.Option(help="Examples before each question.", min=0)] = 0,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each set.", min=1)] = None,
     stage1_share: Annotated[
         float, typer.Option(help="Share of the steps for stage 1; 0 leaves it out of all rows but two-stage.")
@@ -68,14 +69,19 @@ def reproduce(
         from ..reproduce.ttft import Prompts
 
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-        task_specs(names, data_dir=data_dir, prompt=prompt)
+        task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
         run = Reproduction(
             directory=output_dir,
             argv=tuple(context.args),
             tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
             seeds=_parse_seeds(seeds),
             evaluation=Evaluation(
-                names, None if data_dir is None else str(data_dir), prompt=prompt, batch_size=batch_size, limit=limit
+                names,
+                None if data_dir is None else str(data_dir),
+                num_fewshot=num_fewshot,
+                prompt=prompt,
+                batch_size=batch_size,
+                limit=limit,
             ),
             stage1_share=stage1_share,
             grouping=grouping,

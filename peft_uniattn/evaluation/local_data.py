@@ -82,8 +82,8 @@ def _medmcqa(directory: Path) -> dict[str, list[Row]]:
     # The published files count the options from 1, the Hub's copy from 0.
     return {
         split: [{**{name: row[name] for name in columns}, "cop": int(row["cop"]) - 1} for row in _json_lines(path)]
-        for split, name in (("test", "dev.json"), ("train", "train.json"))
-        if (path := find_or_raise(directory, name) if split == "test" else find(directory / "medmcqa", name))
+        for split, name in (("test", "dev.json"), ("train", "medmcqa/train.json"))
+        if (path := find_or_raise(directory, name) if split == "test" else find(directory, name))
     }
 
 

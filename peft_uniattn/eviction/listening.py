@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import intercept_attention, original_config, past_key_values, release_attention
 from ..families import FAMILIES, Decoder, find_decoder, find_family
-from ..handover import HANDOVER
+from ..handover import HANDOVER, Handover
 from ..inspection import base_model
 from ..layer import UniAttnLayer
 from ..plan import SOFTMAX
@@ -101,8 +101,8 @@ def h2o_attention(
     """
     The attention that `module` had before, a leader's or a back end's, of which its layer of the cache is told.
 
-    A transformers attention function. Decode takes s from where it is at hand (leaders, eager); else s is computed
-    beside the back end, whose output is used in any case.
+    A transformers attention function. Decode takes s from where it is at hand (leaders, with kernels or without, and
+    eager); else s is computed beside the back end, whose output is used in any case.
     """
     cache: H2OCache | None = kwargs.pop(H2O, None)
     if module.config.uniattn_h2o_stranger:
@@ -121,12 +121,22 @@ def h2o_attention(
     mask = layer.mask_of_stored(attention_mask, query.shape[1])
     output, probabilities = attend(module, query, key, value, mask, **kwargs)
     with torch.no_grad():
+        if probabilities is None and query.shape[2] == 1:
+            probabilities = _left_by_a_kernel(kwargs.get(HANDOVER), module.layer_idx)
         sums = received(query, key, mask, kwargs.get("scaling"), probabilities)
         layer.observe(sums, visible_to_newest(mask, key.shape[1]))
     return output, probabilities
 
 
 ALL_ATTENTION_FUNCTIONS.register(H2O_ATTENTION, h2o_attention)
+
+
+def _left_by_a_kernel(handover: Handover | None, layer_idx: int) -> torch.Tensor | None:
+    """s of one decoded token as the leader's kernel has handed it over; None where none ran."""
+    if handover is None or not handover.has(layer_idx):
+        return None
+    shared = handover.take(layer_idx).shared
+    return None if shared is None else shared.probabilities()
 
 
 def _check_back_end(module: nn.Module, kwargs: dict[str, Any]) -> None:

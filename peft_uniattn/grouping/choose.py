@@ -31,10 +31,21 @@ class Choice:
     Attributes:
         superblocks: the Superblocks, for `UniAttnConfig(superblocks=...)`.
         measured: what they were chosen by.
+        rules: what may be a Superblock, as [`best_superblocks`] takes it.
     """
 
     superblocks: list[list[int]]
     measured: SharingCosts | SoftmaxSimilarity | LossCosts
+    rules: dict[str, Any]
+
+    def with_followers(self, followers: int) -> list[list[int]]:
+        """
+        Superblocks for another budget, by what was measured already.
+
+        Raises:
+            ValueError: if so many followers do not fit.
+        """
+        return _superblocks(self.measured, followers, self.rules)
 
 
 def choose_superblocks(
@@ -71,7 +82,8 @@ def choose_superblocks(
         end_layer: where the layers that may be used stop, exclusive. Default: the number of layers.
         follower_mask: which masks may be mixed, as in [`UniAttnConfig`].
         ridge: strength of the ridge in "error", as in [`calibrate`].
-        spill_directory: where "error" keeps hidden states meanwhile. Default: the system's temporary directory.
+        spill_directory: where "error" keeps hidden states that memory has no room for. Default: the system's temporary
+            directory.
         progress: show progress bars.
 
     Returns:
@@ -132,16 +144,25 @@ def choose(
         raise too_many(wanted, most, layers, max_size)
     check_sharing(model, decoder, list(layers))
 
+    measured: SharingCosts | SoftmaxSimilarity | LossCosts
     if method == "similarity":
-        similarity = softmax_similarity(model, dataloader, progress=progress)
-        return Choice(similar_superblocks(similarity.neighbours(), wanted, **rules), similarity)
-    if method == "loss":
-        losses = measure_losses(model, decoder, dataloader, progress=progress, **rules)
-        return Choice(best_superblocks(losses.pairs, wanted, **rules), losses)
-    costs = measure_costs(
-        model, decoder, dataloader, ridge=ridge, spill_directory=spill_directory, progress=progress, **rules
-    )
-    return Choice(best_superblocks(costs.after, wanted, **rules), costs)
+        measured = softmax_similarity(model, dataloader, progress=progress)
+    elif method == "loss":
+        measured = measure_losses(model, decoder, dataloader, progress=progress, **rules)
+    else:
+        measured = measure_costs(
+            model, decoder, dataloader, ridge=ridge, spill_directory=spill_directory, progress=progress, **rules
+        )
+    return Choice(_superblocks(measured, wanted, rules), measured, rules)
+
+
+def _superblocks(
+    measured: SharingCosts | SoftmaxSimilarity | LossCosts, followers: int, rules: dict[str, Any]
+) -> list[list[int]]:
+    if isinstance(measured, SoftmaxSimilarity):
+        return similar_superblocks(measured.neighbours(), followers, **rules)
+    costs = measured.pairs if isinstance(measured, LossCosts) else measured.after
+    return best_superblocks(costs, followers, **rules)
 
 
 def followers_for(num_layers: int, *, followers: int | None = None, kv_target: float | None = None) -> int:

@@ -99,8 +99,8 @@ def measure_costs(
     ε is the change of a follower's attention output in the otherwise unchanged model, (s_f − s_l)·V_f·W_o, the first
     part of the paper's equation 13. What the best linear compensation leaves of it is the cost of the pair, relative
     to the residual stream after attention, so that the costs of different depths can be added. The data passes layer
-    by layer; hidden states and the leaders' queries and keys wait on disk, and memory holds `max_size` matrices of
-    hidden size by hidden size in float64.
+    by layer; hidden states and the leaders' queries and keys wait as in [`~peft_uniattn.calibrate`], and memory holds
+    `max_size` matrices of hidden size by hidden size in float64.
 
     Args:
         model: the transformers model, without adapters.
@@ -111,15 +111,16 @@ def measure_costs(
         masks: the kind of mask of every layer; None if all are alike.
         follower_mask: which masks may be mixed, as in [`~peft_uniattn.UniAttnConfig`].
         ridge: strength of the ridge, as in calibration.
-        spill_directory: for what waits on disk. Default: the system's temporary directory.
+        spill_directory: for what waits on disk where memory has no room. Default: the system's temporary directory.
         progress: show a progress bar.
     """
+    device = model.get_input_embeddings().weight.device
     with ExitStack() as stack:
-        spill = stack.enter_context(spill_below(spill_directory))
+        spill = stack.enter_context(spill_below(spill_directory, device))
         stack.enter_context(intercepted(decoder, layers))
         stack.enter_context(evaluation_mode(model))
         pass_ = _Pass(decoder, spill, max_size, progress)
-        pass_.read(dataloader, layers.start, model.get_input_embeddings().weight.device)
+        pass_.read(dataloader, layers.start, device)
         before, after = {}, {}
         bar = stack.enter_context(
             tqdm(total=len(layers) * pass_.batches, desc="measuring", unit="batch", disable=not progress, leave=False)

@@ -3,14 +3,16 @@ Fused kernels, and the one place that decides whether they run.
 
 `UNIATTN_KERNELS` says which: `auto` (the default: Triton's where they are faster), `off` (PyTorch only) or `triton`
 (Triton's for every size; complains where Triton is missing). Unset, the model's configuration says it. What a kernel
-does not support is computed by PyTorch in every mode. Importing this package needs neither Triton nor a GPU.
+does not support is computed by PyTorch in every mode. `UNIATTN_TILES_GIB` says how much memory a leader of a prompt
+may take for tiles of s (the default: none). Importing this package needs neither Triton nor a GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -34,6 +36,9 @@ _WORTH_SKIPPING = ((16384, 5), (32768, 3))
 _WORTH_RECOMPUTING = 0.8
 # Fewer queries do not fill a GPU.
 _WORTH_WEIGHING = 1024
+# (length, followers): from which length on so many followers gain more by streaming stored tiles of s than it costs to
+# store them: at 32k, 3.1 ms each for 26.3 ms, with the slower of two ways to store them.
+_WORTH_STORING = ((32768, 9),)
 # The tiles of larger heads have not been timed.
 _TIMED_HEAD_DIM = 128
 
@@ -46,13 +51,41 @@ def use(mode: str | None) -> None:
     _mode = mode
 
 
+def keep_tiles(gib: float | str) -> None:
+    """
+    Let leaders of prompts store s in this process, as `UNIATTN_TILES_GIB` does at its start: where followers are
+    expected to gain by it, and where it takes no more than so many GiB. 0: never.
+    """
+    global _tiles_bytes
+    try:
+        many = float(gib)
+    except ValueError:
+        many = -1.0
+    if not many >= 0:
+        raise ValueError(f"UNIATTN_TILES_GIB={gib!r} must be a number of GiB, or 0 to store no tiles")
+    _tiles_bytes = many * 2**30
+
+
+@contextmanager
+def tiles_kept(gib: float) -> Iterator[None]:
+    """[`keep_tiles`] for a while."""
+    global _tiles_bytes
+    before = _tiles_bytes
+    keep_tiles(gib)
+    try:
+        yield
+    finally:
+        _tiles_bytes = before
+
+
 def describe(configured: str | None = None) -> str:
     """Which kernels are chosen, and the Triton that would run them, for receipts and cards."""
     mode = _mode or configured or "auto"
     if mode == "off":
         return mode
     try:
-        return f"{mode}, Triton {version('triton')}"
+        tiles = f", tiles of s in up to {_tiles_bytes / 2**30:g} GiB" if _tiles_bytes else ""
+        return f"{mode}, Triton {version('triton')}{tiles}"
     except PackageNotFoundError:
         return f"{mode}, without Triton"
 
@@ -102,9 +135,12 @@ def lead(
         options = {"span": span, "scaling": scaling, "skip_mass": configured[1]}
         output, shared = decode.leader_decode(query, key, value, mask, **options)
         return output.transpose(1, 2), shared
-    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode, followers)) is None:
-        return None
     if mask is None and not causal:
+        return None
+    if not configured[1]:
+        storing = storing_kernels(query, key, value, mask, mode, followers)
+        return None if storing is None else storing.leader_stored(query, key, value, scaling=scaling)
+    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode, followers)) is None:
         return None
     offset = 0 if mask is None else once(prefill.causal_offset, mask)
     if offset is None or (mode == "auto" and not _pays(offset + query.shape[2], followers)):
@@ -165,6 +201,36 @@ def prefill_kernels(
     return prefill if prefill.supports(query, key, value, mask) else None
 
 
+def storing_kernels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    mode: str,
+    followers: int,
+) -> ModuleType | None:
+    """
+    What lets the followers of a whole prompt stream s as its leader has stored it: the module `prefill`, or None.
+
+    Args: see `lead`.
+    """
+    length = query.shape[2]
+    # Half of length² probabilities, 2 bytes each.
+    needed = query.shape[0] * query.shape[1] * length * length
+    if mode == "off" or not _tiles_bytes or torch.compiler.is_compiling() or not _importable(mode):
+        return None
+    if mask is not None or length != key.shape[2] or needed > _tiles_bytes:
+        return None
+    if mode == "auto" and (
+        not any(length >= least and followers >= few for least, few in _WORTH_STORING)
+        or query.shape[3] > _TIMED_HEAD_DIM
+    ):
+        return None
+    from . import prefill
+
+    return prefill if prefill.supports(query, key, value) else None
+
+
 def _pays(length: int, followers: int) -> bool:
     """Whether so many followers of a prompt of so many visible positions save more than weighing its tiles costs."""
     return any(length >= least and followers >= few for least, few in _WORTH_SKIPPING)
@@ -187,3 +253,4 @@ def _import_decode(mode: str) -> bool:
 
 
 use(os.environ.get("UNIATTN_KERNELS") or None)
+keep_tiles(os.environ.get("UNIATTN_TILES_GIB") or 0)

@@ -4,7 +4,7 @@ and for all shapes.
 
 The leader weighs every tile of s while it computes its own output. Followers recompute the tiles that matter from its
 queries, keys and denominators: that takes no memory, and was faster than to store tiles and read them again
-(`bench.prefill_attention`), unless a Superblock is very long.
+(`bench.prefill_attention`), unless a Superblock is very long. For these, a leader of a whole prompt can store s.
 """
 
 from __future__ import annotations
@@ -63,6 +63,41 @@ class SharedTiles(NamedTuple):
         if not _fits(self.query, self.key, value):
             return naive.follower_prefill(self.query, self.key, value, scaling=self.scaling)
         return launch.recompute(self.query, self.key, value, self.denominator, self.scaling, self.kept, self.count)
+
+
+class StoredTiles(NamedTuple):
+    """
+    A leader's s over a whole prompt, stored for followers that stream it.
+
+    Attributes:
+        query, key: of the leader.
+        scaling: of the scores.
+        weights: the tiles on and below the diagonal, in the type of the queries.
+        scales: of 8-bit tiles; empty.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    weights: torch.Tensor
+    scales: torch.Tensor
+
+    def to(self, device: torch.device) -> StoredTiles:
+        """The same on another device, for models that are spread over several."""
+        return StoredTiles(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
+
+    def apply(self, value: torch.Tensor) -> torch.Tensor:
+        """
+        s·V of a follower, (batch, length, query heads, head_dim), by PyTorch where the kernels do not support V.
+
+        Args:
+            value: of all positions of `key`; more, as a static cache has, are not looked at.
+        """
+        value = value[:, :, : self.key.shape[2]]
+        if not _fits(self.query, self.key, value):
+            return naive.follower_prefill(self.query, self.key, value, scaling=self.scaling)
+        tuning = launch.STREAM_STORED[value.shape[3]]
+        return launch.stream(self.weights, self.scales, value, self.query, tuning=tuning)
 
 
 def causal_offset(mask: torch.Tensor) -> int | None:
@@ -143,3 +178,19 @@ def leader_prefill(
     output, denominator, maxima = launch.lead(query, key, value, scaling)
     kept = decode_launch.select(maxima.unsqueeze(-1), None, skip_mass)
     return output, SharedTiles(query, key, denominator, scaling, *kept)
+
+
+def leader_stored(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scaling: float | None = None
+) -> tuple[torch.Tensor, StoredTiles]:
+    """
+    Causal attention of a whole prompt, and all of s: 2 bytes for half of length² probabilities a query head.
+
+    Returns:
+        output (batch, length, query heads, head_dim) and s.
+    """
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    output, denominator = launch.attend(query, key, value, scaling)
+    tuning = launch.STORE[query.shape[3]]
+    weights, scales, _ = launch.weigh(query, key, denominator, scaling, query.dtype, mass=False, tuning=tuning)
+    return output, StoredTiles(query, key, scaling, weights, scales)

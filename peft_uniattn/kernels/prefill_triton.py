@@ -196,6 +196,7 @@ def weigh(
     query_batch, query_head, query_row, key_batch, key_head, key_row, length, offset, tiles, width, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     EDGE: tl.constexpr, STORE: tl.constexpr, MASS: tl.constexpr, TMA: tl.constexpr,
+    STORE_TMA: tl.constexpr,
 ):  # fmt: skip
     """The tiles of s for one query tile: stored (STORE), and how much the heaviest row of each holds (MASS)."""
     tile, pair, batch, head = _place(tiles, HEADS)
@@ -211,14 +212,14 @@ def weigh(
         if MASS:
             tl.store(maxima_ptr + other, tl.max(tl.sum(probabilities, 1), 0))
         if STORE:
-            _keep(probabilities, weights, scales_ptr, begin + other, ROWS, COLUMNS, STORE, TMA)
+            _keep(probabilities, weights, scales_ptr, begin + other, ROWS, COLUMNS, STORE, STORE_TMA)
     for other in range(whole, whole + EDGE):
         block = _load(key, key_batch, key_head, key_row, batch, head // GROUP, other, keys, HEAD_DIM, COLUMNS, TMA)
         probabilities = _probabilities(query, block, denominator, scale, tile, other, offset, ROWS, COLUMNS, True)
         if MASS:
             tl.store(maxima_ptr + other, tl.max(tl.sum(probabilities, 1), 0))
         if STORE:
-            _keep(probabilities, weights, scales_ptr, begin + other, ROWS, COLUMNS, STORE, TMA)
+            _keep(probabilities, weights, scales_ptr, begin + other, ROWS, COLUMNS, STORE, STORE_TMA)
 
 
 @triton.jit

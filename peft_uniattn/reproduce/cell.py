@@ -43,6 +43,16 @@ class Evaluation:
     batch_size: int = 32
     limit: int | None = None
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What decides about accuracy, as JSON types."""
+        return {
+            "tasks": list(self.tasks),
+            "num_fewshot": self.num_fewshot,
+            "prompt": self.prompt,
+            "limit": self.limit,
+        }
+
 
 @dataclass(frozen=True)
 class CellResult:
@@ -64,6 +74,7 @@ class CellResult:
         ttft_ms: milliseconds from a prompt to the logits of its first new token, median; None: not measured.
         ttft_base_ms: the unmodified base's, measured in turns with it.
         ttft_conditions: prompts, their tokens, data type and timed rounds.
+        evaluation: `Evaluation.asked`; empty in files of earlier releases.
     """
 
     cell: str
@@ -81,6 +92,7 @@ class CellResult:
     ttft_ms: float | None = None
     ttft_base_ms: float | None = None
     ttft_conditions: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean_accuracy(self) -> float:
@@ -193,6 +205,7 @@ def _evaluate(cell: Cell, seed: int, trained: _Trained, evaluation: Evaluation) 
         kv_tokens=kv_tokens,
         h2o_budget=cell.h2o_budget,
         curves=trained.curves,
+        evaluation=evaluation.asked,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from ..evaluation import check_contamination, task_questions
-from ..grouping import choose_superblocks
+from ..grouping.choose import ONE_PASS, choose
 from ..inspection import find_adapter
 from ..plan import Plan
 from ..rivals import half_of, measure_attention_similarity
@@ -38,9 +39,10 @@ def find(
     grouping_model: str | None = None,
 ) -> Findings:
     """
-    Measure what `tables` depend on, or read it if it was measured before.
+    Measure what `tables` depend on, or read what was measured before.
 
-    On the way it makes sure that no evaluation question is among the training data.
+    On the way it makes sure that no evaluation question is among the training data, unless that was found out before
+    for the same data and questions.
 
     Args:
         arguments: what all rows share.
@@ -55,8 +57,11 @@ def find(
     Raises:
         ValueError: if training data hold evaluation questions, or the plan does not fit the model.
     """
-    if path.exists():
-        return _read(path)
+    asked = _asked(arguments, evaluation)
+    found, checked = _read(path) if path.exists() else (None, None)
+    with_groups = "grouping" in tables
+    if found and checked == asked and (found.by_error or not with_groups):
+        return found
     check_model(arguments.model)
     tokenizer = load_tokenizer(arguments.model, arguments.training)
     data = load_data(arguments.data, tokenizer, max_length=arguments.training.max_length, seed=arguments.training.seed)
@@ -64,37 +69,54 @@ def find(
     for name, questions in task_questions(evaluation.tasks, data_dir=evaluation.data_dir).items():
         check_contamination(texts, questions, name=name)
 
-    model = load_model(arguments.model, arguments.training).to(arguments.training.device)
+    if found is None or (with_groups and not found.by_error):
+        loader = partial(_batches, data, arguments, tokenizer.pad_token_id)
+        model = load_model(arguments.model, arguments.training).to(arguments.training.device)
+        found = found or _plans(model, arguments, loader, grouping, grouping_model)
+        if with_groups:
+            found = replace(found, **_groups(model, loader, found.fixed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({**asdict(found), "checked": asked}, indent=2) + "\n")
+    return found
+
+
+Loader = Callable[[], Iterator[dict[str, torch.Tensor]]]
+
+
+def _plans(
+    model: PreTrainedModel, arguments: Arguments, loader: Loader, grouping: str, grouping_model: str | None
+) -> Findings:
+    """The Superblocks of the rows and the layers' similarity; `model` is left as it is."""
     adapted = get_peft_model(model, arguments.plan.peft_config())
     plan = find_adapter(adapted).plan
     model = adapted.unload()
-
-    def loader() -> Iterator[dict[str, torch.Tensor]]:
-        return _batches(data, arguments, tokenizer.pad_token_id)
-
     similarity = measure_attention_similarity(model, loader())
-    given, half = None, half_of(plan)
-    if grouping != "fixed":
-        given, followers = plan, len(plan.followers)
-        measured = model if grouping_model is None else _load(arguments, grouping_model)
-        plan, half = (
-            replace(plan, superblocks=as_blocks(blocks))
-            for blocks in (
-                choose_superblocks(measured, loader(), followers=number, method=grouping)
-                for number in (followers, -(-followers // 2))
-            )
-        )
-        del measured
-    found = Findings(plan, half, similarity, given=given)
-    if "grouping" in tables:
-        for followers in _numbers_of_followers(found.fixed):
-            found.by_error[followers] = choose_superblocks(model, loader(), followers=followers)
-            found.by_similarity[followers] = choose_superblocks(
-                model, loader(), followers=followers, method="similarity"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
-    return found
+    if grouping == "fixed":
+        return Findings(plan, half_of(plan), similarity)
+    followers = len(plan.followers)
+    measured = model if grouping_model is None else _load(arguments, grouping_model)
+    choice = choose(measured, loader(), followers=followers, method=grouping)
+    chosen, half = (
+        replace(plan, superblocks=as_blocks(superblocks))
+        for superblocks in (choice.superblocks, choice.with_followers(-(-followers // 2)))
+    )
+    return Findings(chosen, half, similarity, given=plan)
+
+
+def _groups(model: PreTrainedModel, loader: Loader, fixed: Plan) -> dict[str, dict[int, list[list[int]]]]:
+    """The Superblocks that the fixed ones are compared with, by how and for how many followers they were chosen."""
+    numbers = _numbers_of_followers(fixed)
+    choices = {method: choose(model, loader(), followers=max(numbers), method=method) for method in ONE_PASS}
+    return {
+        f"by_{method}": {number: choice.with_followers(number) for number in numbers}
+        for method, choice in choices.items()
+    }
+
+
+def _asked(arguments: Arguments, evaluation: Evaluation) -> dict[str, Any]:
+    """Which training data were searched for the questions of which sets, as JSON types."""
+    data = {**asdict(arguments.data), "max_length": arguments.training.max_length}
+    return json.loads(json.dumps({"data": data, "tasks": evaluation.tasks, "data_dir": evaluation.data_dir}))
 
 
 def _batches(data: LoadedData, arguments: Arguments, pad_token_id: int) -> Iterator[dict[str, Any]]:
@@ -114,7 +136,8 @@ def _numbers_of_followers(plan: Plan) -> list[int]:
     return [sum(len(block) - 1 for block in blocks[:count]) for count in range(1, len(blocks) + 1)]
 
 
-def _read(path: Path) -> Findings:
+def _read(path: Path) -> tuple[Findings, dict[str, Any] | None]:
+    """The findings, and what `_asked` then said; None in a file of an earlier release."""
     content = json.loads(path.read_text())
     numbered = {
         name: {int(followers): blocks for followers, blocks in content[name].items()}
@@ -126,7 +149,7 @@ def _read(path: Path) -> Findings:
         for name in ("plan", "half", "given")
         if content.get(name)
     }
-    return Findings(similarity=content["similarity"], **plans, **numbered)
+    return Findings(similarity=content["similarity"], **plans, **numbered), content.get("checked")
 
 
 def as_blocks(superblocks: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

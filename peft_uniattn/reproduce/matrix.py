@@ -96,7 +96,10 @@ def _main(found: Findings) -> list[Cell]:
         Cell("pre-trained", stages=()),
         POST_TRAIN,
         *(
-            Cell(f"llmdrop-{name}", ("--method", "llmdrop", "--dropped_layers", _dropped(found, half=half)))
+            Cell(
+                f"llmdrop-{name}",
+                ("--method", "llmdrop", "--superblocks", "", "--dropped_layers", _dropped(found, half=half)),
+            )
             for name, half in (("half", True), ("full", False))
         ),
         *(

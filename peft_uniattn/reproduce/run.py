@@ -12,11 +12,12 @@ from tqdm.auto import tqdm
 
 from ..training.arguments import Arguments, parse_arguments
 from ..training.journal import write_atomically
-from .cell import CellResult, Evaluation, run_cells, training_of
+from .cell import CellResult, Evaluation, flags_of, run_cells, steps_of, training_of
 from .findings import GROUPINGS, find
 from .matrix import STAGE1_SHARE, TABLES, Cell, Findings, cells
 from .plot import plot, plot_curves
 from .record import write_record
+from .same import check_same
 from .side_by_side import side_by_side
 from .table import notes, table
 from .ttft import Prompts, measure_ttft
@@ -26,7 +27,8 @@ from .ttft import Prompts, measure_ttft
 class Reproduction:
     """
     Args:
-        directory: where results, table and plot go. What is there already is not run again.
+        directory: where results, table and plot go. What is there already is not run again, and refused if it was made
+            with other settings.
         argv: arguments of the training recipe that all rows share, `--max_steps` among them.
         tables: names of [`TABLES`].
         seeds: of every row.
@@ -104,6 +106,7 @@ class Reproduction:
             for group in alike.values()
             if group[0].stages or seed == self.seeds[0]
         ]
+        self._check(work, shared)
         model = self.model or str(shared.model.model_name_or_path)
         results: dict[tuple[str, int], CellResult] = {}
         with tqdm(total=sum(len(group) for group, _ in work), desc="reproducing", unit="row") as bar:
@@ -122,6 +125,17 @@ class Reproduction:
         plot(ordered, self.directory / "accuracy.svg", caption=self._caption(ordered))
         plot_curves(ordered, self.directory / "curves.svg", caption=self._caption(ordered))
         return ordered
+
+    def _check(self, work: Sequence[tuple[tuple[Cell, ...], int]], shared: Arguments) -> None:
+        """Raise ValueError for a row that the arguments do not fit, or that is there with other settings."""
+        for group, seed in work:
+            for cell in group:
+                told = flags_of(cell, steps_of(cell, shared, self.stage1_share))
+                flags = [*self.argv, *told, "--seed", str(seed)]
+                parse_arguments([*flags, "--output_dir", str(self.directory)])
+                path = self.directory / f"{cell.name}-{seed}.json"
+                if path.exists():
+                    check_same(path, flags, self.evaluation)
 
     def _write(self, results: Sequence[CellResult], found: Findings, model: str) -> None:
         write_record(self.directory / "results.json", results, model=model, command=self.command, findings=found)

@@ -69,7 +69,9 @@ class PlanArguments:
     )
     superblocks: str | None = field(
         default=None,
-        metadata={"help": "Explicit Superblocks such as '16-19,20-23'; overrides the three arguments above."},
+        metadata={
+            "help": "Explicit Superblocks such as '16-19,20-23'; overrides the three arguments above, '' does not."
+        },
     )
     follower_mask: str = field(
         default="own",
@@ -100,6 +102,8 @@ class PlanArguments:
     )
 
     def __post_init__(self) -> None:
+        # The only way for a flag to take back what a file or an earlier flag says.
+        self.superblocks = self.superblocks or None
         if (self.dropped_layers is not None) != (self.method == "llmdrop"):
             raise ValueError(
                 f"dropped_layers={self.dropped_layers!r} does not go with method={self.method!r}; llmdrop needs it, "

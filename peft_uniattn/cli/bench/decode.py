@@ -14,6 +14,7 @@ from .options import (
     Kept,
     Model,
     Output,
+    Profile,
     Rank,
     Seed,
     Shape,
@@ -40,6 +41,7 @@ def decode(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the decoder layers of every contender, kind by kind.")
     ] = False,
+    profile: Profile = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     seed: Seed = 0,
@@ -70,7 +72,8 @@ def decode(
             )
         models = Models(shape, model, superblock_size, start_layer, rank, dtype, device, seed, tuple(back_end or ()))
         shapes = tuple(zip(batches, lengths, strict=True))
-        benchmark = DecodeBenchmark(models, shapes, skip_mass, kept, rounds, "inductor" if compile else None)
+        compiler = "inductor" if compile else None
+        benchmark = DecodeBenchmark(models, shapes, skip_mass, kept, rounds, compiler, profile)
         result = benchmark.run(save=lambda result: save(result, output))
         print_card(result, "One decoded token")
         for row in result["shapes"]:

@@ -35,4 +35,8 @@ BackEnd = Annotated[
         "repeatable. Default: all."
     ),
 ]
+Profile = Annotated[
+    bool,
+    typer.Option("--profile", help="Also show where the time goes: attention, products, the rest, between kernels."),
+]
 Output = Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")]

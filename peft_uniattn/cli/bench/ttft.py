@@ -14,6 +14,7 @@ from .options import (
     Kept,
     Model,
     Output,
+    Profile,
     Rank,
     Seed,
     Shape,
@@ -41,6 +42,11 @@ def ttft(
         str | None, typer.Option(help="With --model: a file of text for prompts, so that skipping is real.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed forwards of every contender.", min=1)] = 7,
+    tiles_gib: Annotated[
+        float,
+        typer.Option(help="Also measure leaders that store s in so many GiB at most: 34 at 32,768 tokens.", min=0.0),
+    ] = 0.0,
+    profile: Profile = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     seed: Seed = 0,
@@ -64,7 +70,9 @@ def ttft(
         from .report import finish, print_card, print_contenders
 
         models = Models(shape, model, superblock_size, start_layer, rank, dtype, device, seed, tuple(back_end or ()))
-        benchmark = TtftBenchmark(models, tuple(length or [8192]), batch_size, skip_mass, kept, rounds, chunk, text)
+        lengths = tuple(length or [8192])
+        options = {"chunk": chunk, "text": text, "profile": profile, "tiles_gib": tiles_gib}
+        benchmark = TtftBenchmark(models, lengths, batch_size, skip_mass, kept, rounds, **options)
         result = benchmark.run()
         print_card(result, "Time to the first token")
         for row in result["lengths"]:

@@ -1,0 +1,49 @@
+"""Whether rows that are there already were trained and asked as they would be now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..training.arguments import parse_arguments
+from .cell import CellResult, Evaluation
+from .record import short
+
+
+def check_same(path: Path, flags: Sequence[str], evaluation: Evaluation) -> None:
+    """
+    Make sure that a finished row belongs to the table that is asked for.
+
+    Folders may be others than they were, names of files and models may not.
+
+    Args:
+        path: file of the row.
+        flags: what the recipe would be told now, but for `output_dir`.
+        evaluation: what the row would be asked now.
+
+    Raises:
+        ValueError: naming what differs. What a row of an earlier release was asked is not known and not compared.
+    """
+    result = CellResult.read(path)
+    then, now = _settings(result.flags), _settings(flags)
+    if result.evaluation:
+        then, now = {**then, **result.evaluation}, {**now, **evaluation.asked}
+    differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if differing:
+        details = ", ".join(f"{name}={now.get(name)!r} (was {then.get(name)!r})" for name in differing)
+        raise ValueError(f"{path} was made with other settings: {details}; use another output_dir, or delete the file")
+
+
+def _settings(flags: Sequence[str]) -> dict[str, Any]:
+    # A row's flags end with the name of `output_dir`, which is not compared.
+    told = flags[:-1] if flags[-1] == "--output_dir" else flags
+    return {
+        name: _short(value) for name, value in parse_arguments([*told, "--output_dir", "unused"]).settings().items()
+    }
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return list(map(_short, value))
+    return short(value) if isinstance(value, str) else value
