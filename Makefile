@@ -36,7 +36,7 @@ lint: $(VENV)/installed
 .PHONY: docs
 docs: $(VENV)/docs
 	$(BIN)/python docs/make_results_pages.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "built: build/site/index.html"
 
 $(VENV)/docs: $(VENV)/installed

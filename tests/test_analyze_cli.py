@@ -207,7 +207,7 @@ def test_bad_input_ends_in_one_sentence(workplace, command, arguments, message):
 def test_an_unknown_model_ends_in_one_sentence(workplace, command):
     required = ("--followers", 2) if command == "plan" else ()
     result = analyze(command, "--model", "no/such-model", "--dataset", workplace / "book.txt", *required)
-    check_refused(result, "model='no/such-model' is neither a folder with a model nor a name")
+    check_refused(result, "model='no/such-model' is no checkpoint that can be read")
 
 
 @pytest.mark.parametrize(

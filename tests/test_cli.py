@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import pytest
 import recipe_runs
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -82,7 +83,8 @@ def test_help_of_train_lists_every_kind_of_argument_and_shows_an_example():
         (["--superblocks", "16to19"], "superblocks='16to19' must look like '16-19,20-23'"),
         (["--model_name_or_path", "m", "--use_peft"], "use_peft=True"),
         (["--model_name_or_path", "m", "--evaluation", "nowhere:accuracy"], "evaluation='nowhere:accuracy'"),
-        (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
+        (["--config", "no-such-file.yaml"], "config='no-such-file.yaml' does not exist"),
+        (["--learnin_rate", "3"], "unknown arguments: ['--learnin_rate', '3']"),
     ],
 )
 def test_bad_input_of_train_ends_in_one_sentence(arguments, message, tmp_path):
@@ -127,3 +129,54 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, t
 def test_bad_input_leaves_no_output_directory(tmp_path):
     runner.invoke(app, ["quickstart", "--output-dir", str(tmp_path / "out"), "--superblock-size", "1"])
     assert not (tmp_path / "out").exists()
+
+
+def refused(*arguments):
+    """What is printed for arguments that cannot be meant."""
+    result = runner.invoke(app, arguments)
+    assert result.exit_code not in (0, None)
+    assert result.exception is None or isinstance(result.exception, SystemExit)  # no traceback
+    return " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [("plan",), ("eval",), ("bench", "memory", "--model"), ("quickstart", "--model")], ids=" ".join
+)
+def test_a_checkpoint_that_is_not_there_is_named_with_its_argument(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused(*arguments, "./no-such-model")
+    assert "model='./no-such-model'" in message
+    assert "give a folder with a config.json" in message
+
+
+def test_train_names_a_checkpoint_that_is_not_there(tmp_path):
+    flags = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "out"), "--dataset_name", "data.jsonl"]
+    message = refused("train", *flags, "--model_name_or_path", "./no-such-model")
+    assert "model_name_or_path='./no-such-model'" in message and "give a folder with a config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("plan", "tiny", "--superblocks", "6-4"), ("superblocks='6-4'", "2 layers or more, lowest first")),
+        (("reproduce", "--output-dir", "out", "--seeds", "0,b"), ("seeds='0,b'", "such as 0,1,2")),
+        (("analyze", "show", "no-such.json"), ("no-such.json", "does not exist")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_wrong_values_are_named_with_the_way_out(arguments, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refused(*arguments).replace(" │ │ ", " ")
+    assert all(part in message for part in parts), message
+
+
+def test_an_unknown_task_is_named_before_the_model_is_loaded():
+    pytest.importorskip("lm_eval")
+    message = refused("eval", "./no-such-model", "--tasks", "no_such_task")
+    assert "'no_such_task' is not known" in message and "social_iqa" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_train_without_a_gpu_says_how_to_train_on_the_cpu(tmp_path):
+    message = refused("train", "--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--bf16", "true")
+    assert "--use_cpu --bf16 false" in message

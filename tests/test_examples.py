@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from word_tokenizer import WORDS, word_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+README = EXAMPLES.parent / "README.md"
 NUMBERS = " ".join(f"w{(7 * index + index // 5) % 90}" for index in range(600))
 
 
@@ -149,3 +150,24 @@ def test_push_to_hub_uploads_what_loads_again(standalone, adapter, tmp_path, mon
 def test_the_index_lists_every_example():
     listed = set(re.findall(r"\]\(([\w.]+)\)", (EXAMPLES / "README.md").read_text()))
     assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens are few", "ignore:.*chat template")
+def test_the_program_in_the_readme_runs_as_printed(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(recipe_runs.example(index)) + "\n" for index in range(16)))
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(checkpoint)
+    program = README.read_text().split("```python\n")[1].split("```")[0]
+    smaller = {
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"': repr(checkpoint),
+        '"trl-lib/Capybara", split="train[:2000]"': f'"json", data_files="{tmp_path}/data.jsonl", split="train"',
+        "max_steps=100": "max_steps=1, bf16=False, report_to='none'",
+    }
+    for printed, small in smaller.items():
+        assert printed in program
+        program = program.replace(printed, small)
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert (tmp_path / "stage1" / "adapter_model.safetensors").is_file()
+    assert AutoModelForCausalLM.from_pretrained("stage2").config.model_type == "uniattn_llama"

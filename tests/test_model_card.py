@@ -88,3 +88,13 @@ def test_a_rival_is_not_called_uniattn(method, claim):
     text = standalone_card(receipt(adapter_parameters=0), {"plan": {"method": method, "rank": None}}).text
     assert claim in text
     assert "W_c" not in text
+
+
+def test_folders_of_a_machine_stay_out_of_a_card():
+    made = receipt(
+        base_model="/home/me/models/small", data="/home/me/one.jsonl, lab/two", answers={"base": ""}, prompt="?"
+    )
+    card = str(adapter_card(made, DETAILS))
+    assert "/home" not in card
+    assert "# UniAttn adapter: small" in card and "| data | one.jsonl, lab/two |" in card
+    assert "| answer, base | (nothing) |" in card

@@ -90,7 +90,8 @@ def _plan(record: Record) -> Figure:
     for block in results["superblocks"]:
         axis.axvspan(block[0] - 0.4, block[-1] + 0.4, color="0.85", zorder=0)
     _label(axis, "layer (chosen Superblocks shaded)", _MEASURED_BY[method])
-    axis.legend()
+    # Above, since a peak may be anywhere inside.
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=7, frameon=False)
     return figure
 
 

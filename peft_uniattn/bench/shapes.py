@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
+from ..named import named_checkpoint
+
 _LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 _SMOLLM_2 = {"vocab_size": 49152, "num_key_value_heads": 3, "tie_word_embeddings": True}
 _QWEN_25 = {"vocab_size": 151936, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -55,10 +57,14 @@ def load_model(
         device: where they live; random ones are made there.
         attention: the attention implementation, such as "sdpa".
         seed: of the random weights.
+
+    Raises:
+        ValueError: if there is no such shape or checkpoint.
     """
     options = {"dtype": dtype, "attn_implementation": attention}
     if checkpoint is not None:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **options).to(device)
+        with named_checkpoint("model", checkpoint):
+            return AutoModelForCausalLM.from_pretrained(checkpoint, **options).to(device)
     torch.manual_seed(seed)
     with device:
         return AutoModelForCausalLM.from_config(shape_config(shape), **options)

@@ -74,7 +74,7 @@ def reproduce(
             directory=output_dir,
             argv=tuple(context.args),
             tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
-            seeds=tuple(int(seed) for seed in seeds.split(",")),
+            seeds=_parse_seeds(seeds),
             evaluation=Evaluation(
                 names,
                 None if data_dir is None else str(data_dir),
@@ -94,3 +94,10 @@ def reproduce(
         )
         typer.echo(table(run.run()))
         typer.echo(f"saved: {output_dir}/results.json, table.md, accuracy.svg, curves.svg")
+
+
+def _parse_seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise ValueError(f"seeds={text!r} must be whole numbers separated by commas, such as 0,1,2") from None

@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 import lm_eval
 import torch
-from huggingface_hub import file_exists
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable
 from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from ..eviction.budget import Budget
+from ..named import named_checkpoint
 from ..training.journal import write_atomically
 from .compressed import H2OLanguageModel
 from .tasks import PAPER_TASKS, task_manager, task_specs
@@ -99,25 +100,23 @@ def load_for_evaluation(
         dtype: data type of the weights; "auto" is what the checkpoint says.
         device: default a GPU if there is one.
         trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if _is_adapter(path):
-        model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError):  # an adapter need not bring one
-            tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with named_checkpoint("model", path):
+        if find_adapter_config_file(path) is not None:
+            model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(path)
+            except (OSError, ValueError):  # an adapter need not bring one
+                tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     return model.to(device).eval(), tokenizer
-
-
-def _is_adapter(path: str) -> bool:
-    if Path(path).is_dir():
-        return (Path(path) / "adapter_config.json").is_file()
-    return file_exists(path, "adapter_config.json")
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:

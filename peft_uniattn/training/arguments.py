@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from ..calibration import check_method
 from ..compensation import DESIGNS, NONE
 from ..config import UniAttnConfig
+from ..named import parse_superblocks
 from .data import DataArguments
 from .distillation.arguments import DistillationArguments
 from .early_stop import METRICS, EarlyStop
@@ -309,23 +310,19 @@ def parse_arguments(argv: Sequence[str] | None = None, *, prog: str | None = Non
         ValueError: for values that cannot be meant, naming the argument.
         SystemExit: for unknown flags and for `--help`, as argparse does it.
     """
-    return Arguments(*argument_parser(prog).parse_args_and_config(argv))
-
-
-def parse_superblocks(text: str) -> list[list[int]]:
-    """
-    Superblocks from a text such as "16-19,20-23" (first and last layer of each, counted from 0).
-
-    Raises:
-        ValueError: if it is not of that form.
-    """
-    blocks = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.strip().isdigit() and last.strip().isdigit()):
-            raise ValueError(f"superblocks={text!r} must look like '16-19,20-23': first and last layer of each")
-        blocks.append(list(range(int(first), int(last) + 1)))
-    return blocks
+    try:
+        return Arguments(*argument_parser(prog).parse_args_and_config(argv))
+    except FileNotFoundError as error:
+        raise ValueError(f"config={error.filename!r} does not exist; give the path of a YAML file") from error
+    except ValueError as error:
+        unused = str(error).partition("not used by the HfArgumentParser: ")[2]
+        if unused:
+            raise ValueError(f"unknown arguments: {unused}; --help lists those that there are") from error
+        if "use_cpu" in str(error):
+            raise ValueError(
+                "bf16=True needs a GPU, and PyTorch finds none here; add --use_cpu --bf16 false to train on the CPU"
+            ) from error
+        raise
 
 
 def parse_layers(text: str) -> list[int]:

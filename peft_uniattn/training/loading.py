@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
+from ..named import named_checkpoint
+
 
 def check_model(model: ModelConfig) -> None:
     """Raise ValueError unless the arguments name a model that the recipe can train."""
@@ -26,11 +28,13 @@ def load_tokenizer(model: ModelConfig, training: SFTConfig) -> PreTrainedTokeniz
     The model's tokenizer, with a padding token, and with chat template and end of sequence as the arguments say.
 
     Raises:
-        ValueError: if it has neither padding nor end of sequence, or if `chat_template_path` is not a file.
+        ValueError: if there is none, if it has neither padding nor end of sequence, or if `chat_template_path` is
+            not a file.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
-    )
+    with named_checkpoint("model_name_or_path", model.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+        )
     if training.eos_token is not None:
         tokenizer.eos_token = training.eos_token
     if training.chat_template_path is not None:
@@ -59,7 +63,7 @@ def load_model(model: ModelConfig, training: SFTConfig) -> PreTrainedModel:
     }
     if (quantization := get_quantization_config(model)) is not None:
         options.update(quantization_config=quantization, device_map={"": training.device})
-    with whole_weights():
+    with whole_weights(), named_checkpoint("model_name_or_path", model.model_name_or_path):
         return AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path, **options, **(training.model_init_kwargs or {})
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def _card(
         tags=["uniattn", "kv-cache"],
     )
     environment = ", ".join(f"{name} {version}" for name, version in receipt.environment.items())
+    receipt = replace(receipt, base_model=_public(receipt.base_model), data=_public(receipt.data))
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in receipt.rows())
     return ModelCard(
         f"""---
@@ -169,5 +170,10 @@ def _licence(base: Base) -> str:
     return f"The base model's licence applies to this model as well: {named}."
 
 
+def _public(names: str) -> str:
+    """Checkpoints or files, without the folders of a machine that no reader of the card has."""
+    return ", ".join(Path(name).name if Path(name).is_absolute() else name for name in names.split(", "))
+
+
 def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", "<br>")
+    return value.replace("|", "\\|").replace("\n", "<br>") or "(nothing)"

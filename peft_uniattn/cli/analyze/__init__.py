@@ -18,4 +18,8 @@ for command in (similarity, plan, sweep, depth, compensation, show):
 
 @app.callback()
 def main() -> None:
-    """Measure where a model's softmax is alike, what sharing it costs, and which plan costs least."""
+    """
+    Measure where a model's softmax is alike, what sharing it costs, and which plan costs least.
+
+    Example: `peft-uniattn analyze plan --kv-target 0.8 --dataset instructions.jsonl`
+    """

@@ -35,7 +35,9 @@ def compensation(
 ) -> None:
     """
     What compensation leaves of every follower's error, in % of the error before it, on long samples (the paper's
-    Appendix G), where it was fitted and held out; by pseudoinverse, by ridge, and at low ranks. Example:
+    Appendix G), where it was fitted and held out; by pseudoinverse, by ridge, and at low ranks.
+
+    Example:
 
         peft-uniattn analyze compensation --dataset book.txt --length 2048 --output compensation.json
     """

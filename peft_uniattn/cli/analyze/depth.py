@@ -36,7 +36,9 @@ def depth(
 ) -> None:
     """
     Bypass the attention of more and more followers of a calibrated model, those first whose input and output are most
-    alike (the paper's Figure 5), against held-out loss, accuracy and time to first token. Example:
+    alike (the paper's Figure 5), against held-out loss, accuracy and time to first token.
+
+    Example:
 
         peft-uniattn analyze depth --dataset instructions.jsonl --output depth.json --plot depth.svg
     """

@@ -57,22 +57,13 @@ def plan_config(
         ValueError: if they mean none.
     """
     from ...config import UniAttnConfig
+    from ...named import parse_superblocks
 
     return UniAttnConfig(
         task_type="CAUSAL_LM",
         superblock_size=superblock_size,
         start_layer=start_layer,
-        superblocks=None if superblocks is None else _parse(superblocks),
+        superblocks=None if superblocks is None else parse_superblocks(superblocks),
         follower_mask=follower_mask,
         r=rank,
     )
-
-
-def _parse(superblocks: str) -> list[list[int]]:
-    blocks = []
-    for part in superblocks.split(","):
-        first, _, last = part.partition("-")
-        if not (first.strip().isdigit() and last.strip().isdigit()):
-            raise ValueError(f"superblocks={superblocks!r}: {part!r} is not a range; write 16-19,20-23")
-        blocks.append(list(range(int(first), int(last) + 1)))
-    return blocks

@@ -36,7 +36,9 @@ def plan(
 ) -> None:
     """
     Choose the Superblocks that cost a model least on your data, for a number of followers or a KV cache of a given
-    size; with --held-out, calibrate and score it against fixed Superblocks of 4 layers from the top. Example:
+    size; with --held-out, calibrate and score it against fixed Superblocks of 4 layers from the top.
+
+    Example:
 
         peft-uniattn analyze plan --kv-target 0.8 --dataset instructions.jsonl --held-out 16 --plot plan.svg
     """

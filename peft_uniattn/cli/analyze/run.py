@@ -114,13 +114,7 @@ def load_model(request: Request) -> tuple[PreTrainedModel, Any, str]:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model, tokenizer, name = load_checkpoint(request.model, dtype=getattr(torch, request.dtype))
-    except OSError as error:
-        raise ValueError(
-            f"model={request.model!r} is neither a folder with a model nor a name that the Hub gives; check it, or "
-            "download the model and give its folder"
-        ) from error
+    model, tokenizer, name = load_checkpoint(request.model, dtype=getattr(torch, request.dtype))
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -19,7 +19,9 @@ def show(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
 ) -> None:
     """
-    Print a result's table, and draw it, from its file alone. Example:
+    Print a result's table, and draw it, from its file alone.
+
+    Example:
 
         peft-uniattn analyze show similarity.json --plot similarity.svg
     """
@@ -27,6 +29,10 @@ def show(
         from ...analysis import plots, tables
         from ...analysis.record import Record
 
+        if not result.is_file():
+            raise ValueError(
+                f"result='{result}' does not exist; give a file that another analysis wrote with --output"
+            )
         record = Record.load(result)
         if plot is not None:
             plots.plot(record, plot)

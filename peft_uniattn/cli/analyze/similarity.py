@@ -25,7 +25,9 @@ def similarity(
     plot: options.Plot = None,
 ) -> None:
     """
-    Cosine similarity of the softmax activations of layers (the paper's Figure 2), averaged over sequences. Example:
+    Cosine similarity of the softmax activations of layers (the paper's Figure 2), averaged over sequences.
+
+    Example:
 
         peft-uniattn analyze similarity --dataset book.txt --output similarity.json --plot similarity.svg
     """

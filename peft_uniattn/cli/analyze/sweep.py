@@ -35,7 +35,9 @@ def sweep(
 ) -> None:
     """
     Number and size of Superblocks against held-out loss, accuracy and time to first token (the paper's Figure 4), of
-    calibrated models before any training. Example:
+    calibrated models before any training.
+
+    Example:
 
         peft-uniattn analyze sweep --dataset instructions.jsonl --output sweep.json --plot sweep.svg
     """

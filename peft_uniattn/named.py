@@ -1,0 +1,49 @@
+"""What a user names on a command line: checkpoints and Superblocks, with errors that say which argument is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import HFValidationError
+
+
+@contextmanager
+def named_checkpoint(argument: str, value: str) -> Iterator[None]:
+    """
+    Around the loading of a checkpoint: let a failure to find it name the argument, its value and the way out.
+
+    Raises:
+        ValueError: in place of the hub library's error about the name, or the missing files.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"{argument}={value!r} is no checkpoint that can be read ({reason}); give a folder with a config.json, "
+            "or a name that the Hub knows"
+        ) from error
+
+
+def parse_superblocks(text: str) -> list[list[int]]:
+    """
+    Superblocks from a text such as "16-19,20-23" (first and last layer of each, counted from 0).
+
+    Raises:
+        ValueError: if it is not of that form, or if a range has fewer than two layers.
+    """
+    blocks = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.strip().isdigit() and last.strip().isdigit()):
+            raise ValueError(
+                f"superblocks={text!r} must look like '16-19,20-23', first and last layer of each; "
+                f"{part!r} is not a range"
+            )
+        if int(last) <= int(first):
+            raise ValueError(
+                f"superblocks={text!r}: {part!r} has no follower; it needs 2 layers or more, lowest first"
+            )
+        blocks.append(list(range(int(first), int(last) + 1)))
+    return blocks
