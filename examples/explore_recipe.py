@@ -103,6 +103,12 @@ class Row:
             )
         if self.leader_from and self.compensation != "none":
             raise ValueError(f"{self.name}: leader_from={self.leader_from} goes with compensation='none' only")
+        has_part = self.followers and (self.compensation != "none" or self.stage1_parts == "followers")
+        if self.stage1_steps and not has_part:
+            raise ValueError(
+                f"{self.name}: stage1_steps={self.stage1_steps} need followers with a compensation to train, or "
+                "stage1_parts='followers'"
+            )
         if self.stage1_parts not in STAGE1_PARTS or self.stage1_loss not in STAGE1_LOSSES:
             raise ValueError(
                 f"{self.name}: stage1_parts={self.stage1_parts!r} must be one of {', '.join(STAGE1_PARTS)}, and "

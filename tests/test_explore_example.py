@@ -160,6 +160,7 @@ def test_what_comes_after_the_answer_does_not_matter(inputs):
         ({"superblocks": BLOCKS, "dropped_layers": [3]}, "exclude each other"),
         ({"plain_steps": 9}, "steps=4"),
         ({"stage1_steps": 9}, "stage1_steps=9"),
+        ({"stage1_steps": 1}, "stage1_steps=1 need followers"),
         ({"leader_from": 1}, "leader_from=1 goes with"),
         ({"stage1_loss": "mse"}, "stage1_loss='mse'"),
     ],
