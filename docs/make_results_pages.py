@@ -68,9 +68,15 @@ FAMILIES = (
     Family(
         "first_token",
         "Time to the first token",
-        "`peft-uniattn bench ttft` ([performance](../performance.md)). A simulated contender keeps tiles at random, "
+        "`peft-uniattn bench ttft`, whole models, and `peft_uniattn.bench.prefill_attention`, one layer "
+        "([performance](../performance.md), [kernels](../kernels.md)). A simulated contender keeps tiles at random, "
         "because random weights have no attention to skip by.",
-        {"ttft_profile_*.json": None, "ttft_*.json": tables.first_token, "prefill_*.json": None},
+        {
+            "ttft_profile_*.json": None,
+            "ttft_*.json": tables.first_token,
+            "prefill_attention_*.json": tables.prefill_attention,
+            "prefill_*.json": None,
+        },
     ),
     Family(
         "decoding",

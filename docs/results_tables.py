@@ -78,11 +78,24 @@ def decode_attention(raw: Raw) -> str:
         for name, contender in row["contenders"].items():
             if "median_us" not in contender:
                 continue
-            error = contender["relative_error"]
             cells = (f"{contender['median_us']:.1f}", f"{contender['gb_per_s']:,.0f}")
-            shown = "–" if error is None else f"{error:.1e}"
-            lines.append((f"{row['batch']} × {row['length']:,}", name, *cells, shown))
+            cells += (_error(contender["relative_error"]),)
+            lines.append((f"{row['batch']} × {row['length']:,}", name, *cells))
     return grid(("cached tokens", "contender", "median µs", "GB/s", "relative error"), lines)
+
+
+def prefill_attention(raw: Raw) -> str:
+    lines = [
+        (f"{row['length']:,}", name, f"{one['median_ms']:.2f}", _quartiles(one, 2), _error(one["relative_error"]))
+        for row in raw["lengths"]
+        for name, one in _timed(row["contenders"])
+    ]
+    fewest = ", ".join(
+        f"{row['followers_to_pay'] or 'no number of'} followers at {row['length']:,} tokens" for row in raw["lengths"]
+    )
+    shape = f"{raw['query_heads']} query and {raw['kv_heads']} key heads of {raw['head_dim']}"
+    said = f"{shape}. With a share of {raw['kept']:g} of the tiles kept, weighing them pays from {fewest} on."
+    return f"{grid(('tokens', 'one layer', 'median ms', 'quartiles', 'relative error'), lines)}\n\n{said}"
 
 
 def memory(raw: Raw) -> str:
@@ -238,6 +251,10 @@ def _ratio(row: Raw, contender: Raw) -> str:
     """Of the fastest base's time; there is none where no base was right."""
     fastest = row["ratios"].get("fastest_base")
     return f"{contender['median_ms'] / row['contenders'][fastest]['median_ms']:.3f}" if fastest else "–"
+
+
+def _error(error: float | None) -> str:
+    return "–" if error is None else f"{error:.1e}"
 
 
 def _quartiles(contender: Raw, digits: int = 1) -> str:

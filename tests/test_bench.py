@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -153,6 +154,30 @@ def test_what_does_not_run_says_why():
     contender = Contender("base cudnn", fail)
     assert not contender.check({}, 1.0)
     assert contender.error == "RuntimeError: no such kernel"
+
+
+# Of torch 2.11 on a GPU, where only the memory-efficient kernel is allowed and heads are grouped.
+REFUSALS = (
+    "Memory efficient kernel not used because: (Triggered internally at sdp_utils.cpp:986.)",
+    "For dense input, both fused kernels require query, key and value to have the same num_heads. Query.sizes(): "
+    "[4, 9, 4096, 64], Key sizes(): [4, 3, 4096, 64], Value sizes(): [4, 3, 4096, 64] instead.",
+    "Flash attention kernel not used because: (Triggered internally at sdp_utils.cpp:988.)",
+    "Flash attention has been runtime disabled. (Triggered internally at sdp_utils_cpp.h:540.)",
+    "cuDNN attention kernel not used because: (Triggered internally at sdp_utils.cpp:990.)",
+    "cuDNN attention has been runtime disabled. (Triggered internally at sdp_utils.cpp:706.)",
+)
+
+
+def test_only_warnings_of_kernels_that_cannot_run_are_silenced():
+    def refuse():
+        for refusal in REFUSALS:
+            warnings.warn(refusal, UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    with pytest.warns(UserWarning) as seen:
+        Contender("base sdpa efficient", refuse).check({}, 1.0)
+    assert [str(warning.message) for warning in seen] == ["something else"]
 
 
 def test_decode_sees_all_of_the_cache_whatever_its_position():

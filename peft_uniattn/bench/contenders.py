@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ _FUSED = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+# PyTorch's reasons where the fused kernel that a contender is to use cannot run, up to six warnings a call; what
+# counts is the error that follows them.
+_REFUSALS = (
+    r"(memory efficient|flash attention|cudnn attention) kernel not used because",
+    r"(memory efficient|flash|cudnn) attention has been runtime disabled",
+    r"for dense input, both fused kernels require query, key and value to have the same num_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,8 @@ class Contender:
         try:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            result = self.run().double()
+            with _without_refusals():
+                result = self.run().double()
             if torch.cuda.is_available():
                 self.peak = torch.cuda.max_memory_allocated()
         except (RuntimeError, ValueError, NotImplementedError) as failure:
@@ -152,6 +161,14 @@ class Contender:
         expected = references.setdefault(self.name.split()[0], result)
         self.error = ((result - expected).norm() / expected.norm()).item()
         return self.error < gate
+
+
+@contextmanager
+def _without_refusals() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for refusal in _REFUSALS:
+            warnings.filterwarnings("ignore", refusal, UserWarning)
+        yield
 
 
 def medians(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
