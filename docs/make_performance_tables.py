@@ -40,6 +40,75 @@ def first_token(*names: str) -> str:
     return "\n".join(lines)
 
 
+def beyond_bytes(name: str = "decode_compiled_profile_h100.json") -> str:
+    """Where the time of a decoded token beyond that of its bytes goes, of contenders whose attention is one group."""
+    raw = _load(name)
+    shape, followers = raw["dimensions"], sum(len(block) - 1 for block in raw["superblocks"])
+    values = 2 * shape["key_value_heads"] * shape["head_dim"] * followers
+    rate = raw["conditions"]["measured_rates"]["bytes_per_s"] / 1e3
+    lines = [
+        "| sequences × cached tokens | | ms | bytes | products | attention | small kernels | rest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in raw["shapes"]:
+        for contender, measured in row["contenders"].items():
+            groups = dict(measured["profile"]["groups_ms"])
+            if contender.startswith("unified") and "leader" not in groups:
+                continue
+            work, time = row["work"][contender.split()[0]], measured["median_ms"]
+            skipped = 1 - raw["settings"]["kept"] if "kept" in contender else 0
+            states = (work["state_bytes"] - skipped * values * row["batch_size"] * row["length"]) / rate
+            weights = (work["bytes"] - work["state_bytes"]) / rate
+            rest = time - sum(groups.values())
+            small = groups.pop("norms, RoPE, cache") + groups.pop("copies", 0)
+            products = groups.pop("products") - weights
+            attention = sum(groups.values()) - states
+            beyond = " | ".join(f"{part:+.2f}" for part in (products, attention, small, rest))
+            what = f"{row['batch_size']} × {row['length']:,} | {contender.replace(' sdpa cudnn', '')}"
+            lines.append(f"| {what} | {time:.2f} | {weights + states:.2f} | {beyond} |")
+    return "\n".join(lines)
+
+
+def stored_tiles(name: str = "ttft_32k_tiles_h100.json") -> str:
+    """Time to the first token with a stored s, and what it takes of memory."""
+    lines = ["| prompt | | ms | of the base | peak GiB |", "|---|---|---|---|---|"]
+    for row in _load(name)["lengths"]:
+        base = row["contenders"][row["ratios"]["fastest_base"]]["median_ms"]
+        for contender, measured in row["contenders"].items():
+            time, peak = measured["median_ms"], measured["peak_memory_bytes"] / 2**30
+            what = contender.replace(" sdpa cudnn", "")
+            lines.append(f"| {row['length']:,} tokens | {what} | {time:.1f} | {time / base:.3f} | {peak:.1f} |")
+    return "\n".join(lines)
+
+
+def one_layer(name: str = "decode_attention_h100.json") -> str:
+    """Attention of one layer for one decoded token: leader, follower and the fastest fused attention."""
+    raw = _load(name)
+    lines = [
+        "| sequences × cached tokens | cuDNN, µs | leader / cuDNN | bound | follower, µs | cuDNN / follower | bound "
+        "| of copy bandwidth | a copy of as many bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in raw["shapes"]:
+        ratios, bound, contenders = row["ratios"], row["bound_us"], row["contenders"]
+        cudnn = contenders["sdpa cudnn"]["median_us"]
+        follower = contenders["follower"]["median_us"]
+        copied = contenders["copy of a follower's bytes"]["gb_per_s"] / raw["copy_gb_per_s"]
+        cells = (
+            f"{row['batch']} × {row['length']:,}",
+            f"{cudnn:.1f}",
+            f"{ratios['leader_over_fused']:.3f}",
+            f"{bound['leader'] / cudnn:.3f}",
+            f"{follower:.1f}",
+            f"{ratios['fused_over_follower']:.3f}",
+            f"{cudnn / bound['follower']:.2f}",
+            f"{100 * ratios['follower_share_of_copy_bandwidth']:.0f} %",
+            f"{100 * copied:.0f} %",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def training(name: str = "bench_train_llama-3.2-1b_h100.json") -> str:
     """Time and memory of training steps, and what they are compared with."""
     rows = _load(name)["contenders"]
@@ -63,4 +132,5 @@ def _load(name: str) -> dict:
 
 
 if __name__ == "__main__":
-    print(decode(), decode("decode_compiled_h100.json"), first_token(), training(), sep="\n\n")
+    decoding = decode(), decode("decode_compiled_h100.json"), beyond_bytes(), one_layer()
+    print(*decoding, first_token(), stored_tiles(), training(), sep="\n\n")

@@ -44,7 +44,15 @@ def test_links_to_files_and_headings_lead_somewhere(page):
 
 @pytest.mark.parametrize(
     ("table", "raw"),
-    [("decode", ()), ("decode", ("decode_compiled_h100.json",)), ("first_token", ()), ("training", ())],
+    [
+        ("decode", ()),
+        ("decode", ("decode_compiled_h100.json",)),
+        ("beyond_bytes", ()),
+        ("one_layer", ()),
+        ("first_token", ()),
+        ("stored_tiles", ()),
+        ("training", ()),
+    ],
 )
 def test_tables_of_performance_are_those_of_raw_results(table, raw):
     spec = importlib.util.spec_from_file_location("make_performance_tables", DOCS / "make_performance_tables.py")

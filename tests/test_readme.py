@@ -90,3 +90,11 @@ def test_ratios_of_compiled_layers_and_of_long_prompts_are_those_of_the_raw_resu
     assert f"| the same two, layers compiled on both sides | {ratios} |" in README
     (row,) = raw("ttft_32k_rank64_h100.json")["lengths"]
     assert re.search(rf"of 32,768,.*, {row['ratios']['unified sdpa cudnn']:.3f} \|", README)
+
+
+def test_the_ratio_and_the_memory_of_stored_tiles_are_those_of_the_raw_result():
+    (row,) = raw("ttft_32k_tiles_h100.json")["lengths"]
+    name = "unified sdpa cudnn"
+    peaks = [row["contenders"][one]["peak_memory_bytes"] / 2**30 for one in (f"{name}, stored tiles", name)]
+    ratio = row["ratios"][f"{name}, stored tiles"]
+    assert f"{peaks[0]:.1f} GiB at the peak instead of {peaks[1]:.1f} | {ratio:.3f} |" in README
