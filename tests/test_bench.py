@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_what_does_not_run_says_why():
     contender = Contender("base cudnn", fail)
     assert not contender.check({}, 1.0)
     assert contender.error == "RuntimeError: no such kernel"
+
+
+def test_a_back_end_that_does_not_run_is_not_warned_about_as_well(recwarn):
+    def fail():
+        warnings.warn("Memory efficient kernel not used because: (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        raise RuntimeError("No available kernel.")
+
+    Contender("base sdpa efficient", fail).check({}, 1.0)
+    assert [str(warning.message) for warning in recwarn] == ["something else"]
 
 
 def test_decode_sees_all_of_the_cache_whatever_its_position():
