@@ -7,7 +7,9 @@ Unmarked tests are tiny and also run in Triton's interpreter (TRITON_INTERPRET=1
 
 from __future__ import annotations
 
+import json
 import os
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -331,21 +333,59 @@ def test_what_is_not_supported_is_left_to_pytorch():
     assert error(shared.apply(odd), naive.follower_prefill(query, key, odd)) < TOLERANCE[DTYPE]
 
 
-def test_the_benchmark_of_one_layer_compares_ways_to_the_same(monkeypatch):
-    states = inputs(1, 2, 1, 70)[:3]
+def measured(length=70, kept=0.5, stored=True):
+    """What the benchmark of one layer says of a tiny one."""
+    device = torch.device(DEVICE)
+    return bench.measure(length, kept, 2, 1, 16, rounds=1, stored=stored, device=device, dtype=DTYPE)
+
+
+@pytest.fixture
+def tiny_benchmark(monkeypatch):
+    """A short Superblock, a stand-in for PyTorch's fused attention, and narrow tiles for head_dim 16."""
     monkeypatch.setattr(bench, "_LONG_SUPERBLOCK", 3)
     monkeypatch.setattr(bench, "_fused", lambda *states: naive.follower_prefill(*states[:3]))
-    scaling = states[0].shape[3] ** -0.5
-    expected, denominator, maxima = prefill_launch.lead(*states, scaling)
-    share = bench._random_share(maxima, 0.5, torch.Generator(DEVICE).manual_seed(0))
-    rows = bench._timed(bench._computed(states, denominator, maxima, scaling, share, 0.5), expected, 1)
-    tiles = bench.kinds_of_tiles(16, DTYPE)[1]
-    rows |= bench._timed(bench._stored(states, denominator, scaling, tiles, share, 0.5, []), expected, 1)
-    assert len(rows) == 7 + 7
+    for tunings in (prefill_launch.STORE, prefill_launch.STREAM_STORED):
+        monkeypatch.setitem(tunings, 16, prefill_launch.Tuning(64, 32, 4, 2))
+
+
+def test_the_benchmark_of_one_layer_compares_ways_to_the_same(tiny_benchmark):
+    rows = measured()["contenders"]
+    assert len(rows) == 7 + 7 + 7 + 6
     assert all("median_ms" in row for row in rows.values())
-    errors = [row["relative_error"] for row in rows.values() if row["relative_error"] is not None]
-    assert len(errors) == 4 + 3
-    assert max(errors) < 2 * TOLERANCE[DTYPE]
+    errors = {name: row["relative_error"] for name, row in rows.items() if row["relative_error"] is not None}
+    assert len(errors) == 4 + 3 * 3
+    fp8 = {name for name in errors if name.endswith(" fp8") and "cudnn" not in name}
+    assert max(errors[name] for name in fp8) < FP8_TOLERANCE
+    assert max(errors[name] for name in errors.keys() - fp8) < 2 * TOLERANCE[DTYPE]
+
+
+def test_the_benchmark_of_one_layer_need_not_store(tiny_benchmark):
+    assert len(measured(stored=False)["contenders"]) == 7
+
+
+def test_the_benchmark_of_one_layer_says_that_tiles_do_not_fit(tiny_benchmark, monkeypatch):
+    def full(*_, **options):
+        raise torch.OutOfMemoryError("no room for tiles")
+
+    monkeypatch.setattr(bench, "_computed", lambda *_: {})
+    monkeypatch.setattr(prefill_launch, "weigh", full)
+    rows = measured()["contenders"]
+    without_time = {name for name, row in rows.items() if "median_ms" not in row}
+    assert {rows[name]["relative_error"] for name in without_time} == {"OutOfMemoryError: no room for tiles"}
+    assert all("cudnn" in name for name in rows.keys() - without_time)
+
+
+def test_the_command_of_the_benchmark_of_one_layer_ends_in_one_document(monkeypatch, capsys):
+    row = {"length": 64, "contenders": {"flash": {"relative_error": 0.0}}, "followers_to_pay": None}
+    measure = create_autospec(bench.measure, return_value=row)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "conditions", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    bench.main([64, 96], rounds=3, stored=False)
+    assert [call.args[0] for call in measure.call_args_list] == [64, 96]
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["rounds"] == 3
+    assert document["lengths"] == [row, row]
 
 
 @pytest.mark.parametrize("saved, followers", [(8.0, 1), (6.25, 2), (2.2, 3), (0.0, None), (-1.0, None)])

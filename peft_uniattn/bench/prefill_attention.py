@@ -58,7 +58,7 @@ def main(
     result = {"benchmark": "prefill_attention", "conditions": conditions(device), "kept": kept, "rounds": rounds}
     result |= {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "lengths": []}
     for one in length:
-        row = measure(one, kept, query_heads, kv_heads, head_dim, rounds, stored)
+        row = measure(one, kept, query_heads, kv_heads, head_dim, rounds, stored, device)
         result["lengths"].append(row)
         print(f"{row['length']} tokens")
         for name, entry in row["contenders"].items():
@@ -70,28 +70,32 @@ def main(
 
 @torch.no_grad()
 def measure(
-    length: int, kept: float, query_heads: int, kv_heads: int, head_dim: int, rounds: int, stored: bool
+    length: int,
+    kept: float,
+    query_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rounds: int,
+    stored: bool,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict:
     """Errors and times of one length."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(heads: int) -> torch.Tensor:
-        shape = 1, heads, length, head_dim
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+        return torch.randn(1, heads, length, head_dim, device=device, dtype=dtype, generator=generator)
 
     states = random(query_heads), random(kv_heads), random(kv_heads)
     scaling = head_dim**-0.5
     expected, denominator, maxima = launch.lead(*states, scaling)
     share = _random_share(maxima, kept, generator)
     rows = _timed(_computed(states, denominator, maxima, scaling, share, kept), expected, rounds)
-    for name, store, gate in (("fp8", torch.float8_e4m3fn, _FP8_GATE), ("bf16", torch.bfloat16, _GATE)):
-        if stored:
-            # One type after the other: the tiles of both do not fit into a GPU's memory.
-            held: list[torch.Tensor] = []
-            rows |= _timed(
-                _stored(states, denominator, scaling, name, store, gate, share, kept, held), expected, rounds
-            )
-            held.clear()
+    for tiles in kinds_of_tiles(head_dim, dtype) if stored else ():
+        # One kind after the other: two do not fit into a GPU's memory.
+        held: list[torch.Tensor] = []
+        rows |= _timed(_stored(states, denominator, scaling, tiles, share, kept, held), expected, rounds)
+        held.clear()
     return {"length": length, "contenders": rows, "followers_to_pay": followers_to_pay(rows, kept)}
 
 
@@ -138,6 +142,8 @@ def _stored(states, denominator, scaling, tiles: Tiles, share, kept, held) -> di
         return held[2]
 
     def stream(*share: torch.Tensor) -> torch.Tensor:
+        if not held:  # where storing failed, say so here too
+            weigh()
         return launch.stream(held[0], held[1], value, query, *share, tuning=tiles.streaming)
 
     def superblock() -> torch.Tensor:
@@ -151,7 +157,6 @@ def _stored(states, denominator, scaling, tiles: Tiles, share, kept, held) -> di
             output = _fused(*states, SDPBackend.CUDNN_ATTENTION)
         return output
 
-    weigh()
     contenders = {
         f"storing {name}": (weigh, None),
         f"storing {name} by pointers": (lambda: weigh(by_pointers=True), None),
