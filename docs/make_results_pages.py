@@ -175,9 +175,15 @@ def pages() -> dict[str, str]:
 
 
 def files_of(family: Family) -> list[Path]:
-    """The family's raw files, in the order of their names."""
+    """The family's raw files: those with a table first, in the order of the family's patterns, then by name."""
+    patterns = list(family.tables)
+
+    def place(path: Path) -> tuple[bool, int, str]:
+        first = next(index for index, pattern in enumerate(patterns) if fnmatch(path.name, pattern))
+        return family.tables[patterns[first]] is None, first, path.name
+
     found = (path for path in RESULTS.iterdir() if any(fnmatch(path.name, pattern) for pattern in family.tables))
-    return sorted(found)
+    return sorted(found, key=place)
 
 
 def plots_of(path: Path) -> dict[str, Path]:

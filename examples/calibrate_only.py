@@ -30,7 +30,7 @@ def main(
     output_dir: Path = Path("calibrated"),
 ) -> None:
     """Plan, calibrate, compare and save."""
-    model, tokenizer, name = load_checkpoint(checkpoint)
+    model, tokenizer, name = load_checkpoint(checkpoint, device="auto")
     data = load_sequences(dataset, tokenizer, length=length, sequences=sequences, held_out=held_out)
     batches = data.batches(4, model.device)
 

@@ -10,6 +10,7 @@ goes on to full training.
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -41,7 +42,7 @@ def main(
         max_length=max_length,
         lr_scheduler_type="cosine",
         gradient_checkpointing=False,  # if it is needed, not the reentrant kind
-        bf16=next(model.parameters()).is_cuda,
+        bf16=torch.cuda.is_available(),
         logging_steps=10,
         save_strategy="no",
         report_to="none",

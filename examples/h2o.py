@@ -42,7 +42,7 @@ def main(
     result: Annotated[Path | None, typer.Option(help="Where to put the results as JSON.")] = None,
 ) -> None:
     """Measure base and calibrated UniAttn model on the same text."""
-    model, tokenizer, name = load_checkpoint(checkpoint)
+    model, tokenizer, name = load_checkpoint(checkpoint, device="auto")
     length = prompt_tokens + decoded_tokens
     held_out = cut(tokenizer, text, windows, length)
     for_calibration = cut(tokenizer, calibration_text, calibration_windows, 512)

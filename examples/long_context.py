@@ -29,7 +29,8 @@ def main(
     chunk: Annotated[int, typer.Option(help="Tokens of the prompt read at a time.")] = 512,
 ) -> None:
     """Generate three times from the same prompt."""
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
     content = gzip.decompress(text.read_bytes()) if text.suffix == ".gz" else text.read_bytes()
     ids = tokenizer(content.decode(), return_tensors="pt", verbose=False).input_ids[:, :context]

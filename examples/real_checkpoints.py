@@ -116,7 +116,7 @@ def main(
     started = time.perf_counter()
     set_seed(seed)
     examples = load_examples(data, seed=seed)
-    model, tokenizer, loaded_name = load_checkpoint(checkpoint, dtype=getattr(torch, dtype))
+    model, tokenizer, loaded_name = load_checkpoint(checkpoint, dtype=getattr(torch, dtype), device="auto")
     train = tokenize(examples["train"].shuffle(seed=seed), tokenizer, max_length).dataset
     test = tokenize(examples["test"].select(range(held_out_examples)), tokenizer, max_length).dataset
     model.generation_config.repetition_penalty = repetition_penalty

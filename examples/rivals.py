@@ -38,13 +38,13 @@ from peft_uniattn.quickstart.checkpoint import load_checkpoint
 PREFIX, CONTINUATION = 24, 8
 
 
-def sequences(path: Path, tokenizer, count: int, length: int) -> list[dict[str, torch.Tensor]]:
+def sequences(path: Path, tokenizer, count: int, length: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """The first `count` runs of `length` tokens of a text file, 8 to a batch."""
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     ids = tokenizer(text[: 12 * count * length], return_tensors="pt").input_ids[0]
     rows = ids[: len(ids) // length * length].view(-1, length)[:count]
-    return [{"input_ids": part} for part in rows.split(8)]
+    return [{"input_ids": part.to(device)} for part in rows.split(8)]
 
 
 @torch.no_grad()
@@ -83,10 +83,10 @@ def main(
     designs: Annotated[bool, typer.Option(help="Also calibrate every design of compensation.")] = True,
 ) -> None:
     """Compare all methods on texts, without training."""
-    model, tokenizer, _ = load_checkpoint(checkpoint)
+    model, tokenizer, _ = load_checkpoint(checkpoint, device="auto")
     model.eval()
-    train = sequences(calibration_text, tokenizer, calibration_sequences, length)
-    test = sequences(held_out_text, tokenizer, held_out_sequences, length)
+    train = sequences(calibration_text, tokenizer, calibration_sequences, length, model.device)
+    test = sequences(held_out_text, tokenizer, held_out_sequences, length, model.device)
     ids = test[0]["input_ids"][:2, : PREFIX + CONTINUATION]
 
     started = time.perf_counter()
@@ -116,6 +116,7 @@ def main(
             f"{method:32s} {rows[method]['held_out_loss']:.4f}  {rows[method]['kv_bytes_per_token']:,} bytes a token"
         )
         model = peft_model.unload()
+    on_gpu = torch.cuda.is_available()
     report = {
         # Names only: whose machine it was does not matter.
         "command": " ".join(["python", "examples/rivals.py", *(part.rsplit("/", 1)[-1] for part in sys.argv[1:])]),
@@ -127,7 +128,7 @@ def main(
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "device": f"CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         },
     }
     if result:

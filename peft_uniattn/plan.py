@@ -225,8 +225,8 @@ def _is_index(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    """`value` as the user wrote it, tuples as lists."""
-    return shortened(repr(_as_lists(value)))
+    """`value` as the user wrote it, tuples as lists, long runs of layers by their ends."""
+    return shortened(_written(value))
 
 
 def shortened(text: str) -> str:
@@ -234,5 +234,10 @@ def shortened(text: str) -> str:
     return text if len(text) <= 400 else f"{text[:300]}… ({len(text)} characters)"
 
 
-def _as_lists(value: object) -> object:
-    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _written(value: object) -> str:
+    if not isinstance(value, (list, tuple)):
+        return repr(value)
+    items = [_written(item) for item in value]
+    if len(items) > 6 and _is_index(value[0]) and list(value) == list(range(value[0], value[0] + len(value))):
+        items[2:-1] = ["…"]
+    return f"[{', '.join(items)}]"

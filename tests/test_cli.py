@@ -150,14 +150,18 @@ def test_a_checkpoint_that_is_not_there_is_named_with_its_argument(arguments, tm
 
 
 def test_train_names_a_checkpoint_that_is_not_there(tmp_path):
-    flags = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "out"), "--dataset_name", "data.jsonl"]
-    message = refused("train", *flags, "--model_name_or_path", "./no-such-model")
+    (tmp_path / "data.jsonl").write_text("{}")
+    flags = ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path / "out")]
+    message = refused(
+        "train", *flags, "--dataset_name", str(tmp_path / "data.jsonl"), "--model_name_or_path", "./no-such-model"
+    )
     assert "model_name_or_path='./no-such-model'" in message and "give a folder with a config.json" in message
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (("plan", "tiny", "--superblocks", "3-40"), ("superblocks=[[3, 4, …, 40]] names layer 40",)),
         (("plan", "tiny", "--superblocks", "6-4"), ("superblocks='6-4'", "2 layers or more, lowest first")),
         (("reproduce", "--output-dir", "out", "--seeds", "0,b"), ("seeds='0,b'", "such as 0,1,2")),
         (("analyze", "show", "no-such.json"), ("no-such.json", "does not exist")),

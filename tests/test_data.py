@@ -232,7 +232,9 @@ class TestSources:
         "name", ["r.json", "r.jsonl", "r.csv", "r.parquet", "r.json.gz", "r.jsonl.gz", "r.csv.gz"]
     )
     @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-    def test_files_of_every_kind_are_read(self, tmp_path, tokenizer, name, streaming):
+    def test_files_of_every_kind_are_read(self, tmp_path, tokenizer, name, streaming, monkeypatch):
+        # After a stream of Parquet, `datasets` waits 5 s for its threads.
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
         path = tmp_path / name.removesuffix(".gz")
         table = datasets.Dataset.from_list(questions(5))
         {".csv": table.to_csv, ".parquet": table.to_parquet}.get(

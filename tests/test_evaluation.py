@@ -270,9 +270,10 @@ def test_accuracy_is_that_of_the_likeliest_answer(seed, data_dir):
     assert results["results"]["social_iqa"]["acc,none"] == float(best_answer(model, tokenizer) == 1)
 
 
-def test_results_hold_no_rows_of_the_data(data_dir):
+def test_results_hold_no_rows_of_the_data(data_dir, caplog):
     results = evaluate(tiny_model(dtype=torch.float32), word_tokenizer(), ["social_iqa"], data_dir=data_dir)
     assert "Kim left" not in json.dumps(results, default=str)
+    assert "--metadata" not in caplog.text  # a flag of lm-eval's own command line
 
 
 @pytest.fixture

@@ -64,6 +64,25 @@ def test_a_first_adapter_takes_twenty_lines(checkpoint, tmp_path, monkeypatch, c
     assert "<unk>" in capsys.readouterr().out  # none of the prompt's words is a number
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*tokens are few", "ignore:.*chat template")
+def test_a_first_adapter_stays_on_the_gpu(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["first_adapter.py", checkpoint])
+    left = runpy.run_path(str(EXAMPLES / "first_adapter.py"), run_name="__main__")
+    assert left["base"].device.type == left["model"].device.type == "cuda"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_that_loads_a_model_itself_takes_a_gpu_where_there_is_one(path):
+    source = path.read_text()
+    itself = "load_checkpoint(" in source or "CausalLM.from_pretrained(" in source
+    # The trainers of TRL place a model themselves, and uploading needs no device.
+    if itself and path.stem not in ("continue_adapter", "push_to_hub"):
+        placed = ('device="auto"', ".to(DEVICE)", '"cuda" if torch.cuda.is_available() else "cpu"')
+        assert any(words in source for words in placed)
+
+
 @pytest.mark.filterwarnings("ignore:.*tokens are few", "ignore:.*chat template")
 def test_calibrate_only_keeps_to_the_target_and_saves(checkpoint, text, tmp_path, capsys):
     settings = {"length": 16, "sequences": 8, "held_out": 2, "rank": 4, "output_dir": tmp_path / "out"}

@@ -142,6 +142,25 @@ def test_without_hub_and_pip_the_error_says_what_to_do(cache, pip, reason):
     assert content_of(cache) == set()
 
 
+def test_a_model_goes_to_the_device_that_was_asked_for(tmp_path):
+    model, _, _ = load_checkpoint(save_tiny(tmp_path, eos_token="<end>"), device="meta")
+    assert model.device.type == "meta"
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_a_gpu_where_there_is_one(there, expected, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, device: asked.append(device) or model)
+    load_checkpoint(save_tiny(tmp_path, eos_token="<end>"), device="auto")
+    assert asked == [expected]
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"device='cuda:77' is not available here.*leave it out"):
+        load_checkpoint(save_tiny(tmp_path, eos_token="<end>"), device="cuda:77")
+
+
 def test_hub_is_taken_where_it_answers(cache, pip, monkeypatch):
     fake = pip()
     loads = []

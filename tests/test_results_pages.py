@@ -49,6 +49,10 @@ def test_every_page_is_in_the_navigation():
     assert [name for name in PAGES if f"results/{name}" not in navigation] == []
 
 
+def test_the_main_table_is_the_first_of_the_page_of_quality():
+    assert PAGES["quality.md"].partition("\n## ")[2].startswith("reproduce_smollm2_by_loss\n")
+
+
 @pytest.mark.parametrize(("path", "picture"), PICTURES)
 def test_a_picture_is_drawn_from_its_result_and_small(path, picture, tmp_path, monkeypatch):
     kept = picture.read_text()

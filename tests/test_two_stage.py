@@ -1,6 +1,7 @@
 """The two-stage run on a tiny model: artefacts, stages alone, resumption after an interruption, and refusals."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -215,6 +216,26 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written(run, tmp
     with pytest.raises(ValueError, match="names layer 6"):
         run(tmp_path / "run", superblocks="5-6")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argument", ["dataset_name", "exclude_ids"])
+def test_a_file_that_is_missing_is_named_before_the_model_is_loaded(argument, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "load_model", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(FileNotFoundError, match=rf"{argument}='.*gone.json': there is no such file"):
+        run(tmp_path / "run", **{argument: tmp_path / "gone.json"})
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_cannot_be_read_leave_nothing_that_refuses_other_settings(run, tmp_path):
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        run(tmp_path / "run", dataset_name=tmp_path / "broken.jsonl", stages="calibrate")
+    run(tmp_path / "run", stages="calibrate")
+
+
+def test_the_first_line_says_that_it_timed_the_loading(run, tmp_path, capsys):
+    run(tmp_path, stages="calibrate")
+    assert re.match(r"model loaded, plan made: \d+ s\nbase: held-out loss ", capsys.readouterr().out)
 
 
 def test_a_foreign_directory_is_refused(run, tmp_path):

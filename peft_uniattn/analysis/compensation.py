@@ -109,7 +109,7 @@ def compensation(
     _check_design(config.compensation)
     length, size = max(map(len, data.fit["input_ids"])), model.config.get_text_config(decoder=True).hidden_size
     results = []
-    for variant in tqdm(variants, desc="compensation", unit="variant", disable=not progress):
+    for variant in tqdm(variants, desc="compensation", unit="variant", disable=not progress, leave=False):
         settings = {**config.to_dict(), "r": variant.rank}
         with unified(model, UniAttnConfig(**settings)) as adapted:
             calibrate(adapted, data.batches(batch_size, model.device), variant.method, progress=progress)

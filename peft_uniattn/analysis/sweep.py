@@ -83,7 +83,7 @@ def sweep(
     distinct = {str(plan): plan for swept in plans.values() for plan in swept}
     base = held_out_scores(model, data.held_out, data.pad_token_id, batch_size=settings.batch_size)
     measured = {}
-    for key, plan in tqdm(distinct.items(), desc="sweep", unit="plan", disable=not progress):
+    for key, plan in tqdm(distinct.items(), desc="sweep", unit="plan", disable=not progress, leave=False):
         measured[key] = _measure(model, plan, data, settings)
     entries = {name: [measured[str(plan)] for plan in swept] for name, swept in plans.items()}
     return {"base": asdict(base), **entries}

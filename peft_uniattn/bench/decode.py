@@ -86,7 +86,7 @@ class DecodeBenchmark:
             "superblocks": unified.config.superblocks,
             "shapes": [],
         }
-        for batch, length in tqdm(self.shapes, desc="shapes", unit="shape"):
+        for batch, length in tqdm(self.shapes, desc="shapes", unit="shape", leave=False):
             result["shapes"].append(self._measure(base, unified, batch, length, rates))
             save(result)
             if device.type == "cuda":

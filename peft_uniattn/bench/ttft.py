@@ -88,7 +88,7 @@ class TtftBenchmark:
         base, unified = self.models.build()
         rates = measured_rates(device, base.dtype)
         rows = []
-        for length in tqdm(self.lengths, desc="lengths", unit="length"):
+        for length in tqdm(self.lengths, desc="lengths", unit="length", leave=False):
             ids = prompts[length] if prompts else self._random(length, base.config.vocab_size)
             rows.append(self._measure(base, unified, ids.to(base.device), rates))
         return {

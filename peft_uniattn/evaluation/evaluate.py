@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,18 +70,19 @@ def evaluate(
         language_model = H2OLanguageModel(budget=Budget(h2o_budget).budget, **options)
     training = model.training
     try:
-        results = lm_eval.simple_evaluate(
-            model=language_model,
-            tasks=specs,
-            task_manager=task_manager(),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with _without_advice_for_custom_data():
+            results = lm_eval.simple_evaluate(
+                model=language_model,
+                tasks=specs,
+                task_manager=task_manager(),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     finally:
         model.train(training)
     # The rows of a local copy are part of lm-eval's record of a task; a record of results should not hold them.
@@ -87,6 +90,21 @@ def evaluate(
         config.pop("custom_dataset", None)
     results["model"] = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return dict(results)
+
+
+@contextmanager
+def _without_advice_for_custom_data() -> Iterator[None]:
+    """lm-eval names a flag of its own command line for every set that is read from a local copy."""
+    logger = logging.getLogger("lm_eval.api.task")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "Custom kwargs can be passed" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def load_for_evaluation(

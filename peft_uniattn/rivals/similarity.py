@@ -49,7 +49,9 @@ def measure_attention_similarity(
     tokens = 0
     try:
         with evaluation_mode(base):
-            bar = tqdm(dataloader, desc="measuring similarity", unit="batch", total=max_batches, disable=not progress)
+            bar = tqdm(
+                dataloader, "measuring similarity", max_batches, unit="batch", disable=not progress, leave=False
+            )
             for index, batch in enumerate(bar):
                 if index == max_batches:
                     break

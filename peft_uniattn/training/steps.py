@@ -19,7 +19,7 @@ from ..calibration import calibrate
 from ..inspection import find_adapter
 from ..standalone import to_standalone
 from .arguments import Arguments
-from .data import LoadedData, batches, load_data
+from .data import LoadedData, batches, check_files, load_data
 from .distributed import is_main_process, on_main_process
 from .evaluation import find_evaluation
 from .journal import save_directory_atomically
@@ -55,11 +55,14 @@ class Steps:
         self._load_base = load_base or self._named_base
         self._has_named_base = load_base is None
         self._load_examples = load_examples or self._named_examples
+        self._has_named_data = load_examples is None
         name = arguments.recipe.evaluation
         self._evaluation = None if name is None else find_evaluation(name)
 
     def plan(self) -> dict[str, Any]:
-        """Wrap once, so that a plan that does not fit is refused before anything takes time."""
+        """Wrap once, so that files that are missing and a plan that does not fit are refused before data are read."""
+        if self._has_named_data:
+            check_files(self.arguments.data)
 
         def planned() -> dict[str, Any]:
             model, _, name = self._load_base()

@@ -22,6 +22,9 @@ from .receipt import Receipt
 from .steps import FOLDERS, LoadBase, LoadExamples, Steps
 from .summary import STEPS, make_receipt, write_summary
 
+# Planning takes no time; loading the model, or fetching it the first time, may take minutes.
+_SHOWN = {"plan": "model loaded, plan made"}
+
 
 class TwoStageRun:
     """
@@ -66,6 +69,7 @@ class TwoStageRun:
         Raises:
             ValueError: if `output_dir` holds a run with other settings or other data, the plan does not fit the
                 model, or training diverges.
+            FileNotFoundError: if a data file is not there.
             OSError: if `output_dir` cannot be written, or is full.
         """
         settings = {"data": self.data_name, **self.arguments.settings()}
@@ -120,11 +124,12 @@ class TwoStageRun:
                 result = action()
             # The clocks of processes differ, and all of them are to know the same.
             seconds = on_main_process(lambda: time.perf_counter() - started)
-            journal.record(name, {**result, "seconds": seconds}, write=is_main_process())
+            # A plan alone is no run yet: data that cannot be read leave nothing behind that refuses other settings.
+            journal.record(name, {**result, "seconds": seconds}, write=is_main_process() and name != "plan")
         if is_main_process():
             result = journal.results[name]
             loss = f"held-out loss {result['loss']:.4f}, " if result.get("loss") is not None else ""
-            tqdm.write(f"{name}: {loss}{result['seconds']:.0f} s")
+            tqdm.write(f"{_SHOWN.get(name, name)}: {loss}{result['seconds']:.0f} s")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -113,12 +113,8 @@ def load_model(request: Request) -> tuple[PreTrainedModel, Any, str]:
         raise ValueError(f"dtype={request.dtype!r} is not known; use float32, bfloat16 or float16")
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, name = load_checkpoint(request.model, dtype=getattr(torch, request.dtype))
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} is not available here ({error}); leave it out, or use cpu") from error
+    dtype, device = getattr(torch, request.dtype), request.device or "auto"
+    model, tokenizer, name = load_checkpoint(request.model, dtype=dtype, device=device)
     if request.attn is not None:
         model.set_attn_implementation(request.attn)
     local = request.model is not None and Path(request.model).expanduser().exists()

@@ -2,7 +2,7 @@
 
 from .arguments import DataArguments
 from .encoding import IGNORE
-from .load import LoadedData, load_data
+from .load import LoadedData, check_files, load_data
 from .padding import batches
 from .prompt import PAPER_PROMPT
 from .report import DataReport
@@ -16,6 +16,7 @@ __all__ = [
     "LoadedData",
     "TokenizedData",
     "batches",
+    "check_files",
     "load_data",
     "tokenize",
 ]

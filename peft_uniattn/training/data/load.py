@@ -17,7 +17,7 @@ from .encoding import FACTS, FEATURES, ID_COLUMNS, TOKENS, RowEncoder
 from .formats import converter
 from .prompt import check_tokenizer
 from .report import DataReport
-from .sources import read
+from .sources import check_file, read
 from .stream import load_stream
 
 Splits = Mapping[str, Dataset] | Mapping[str, IterableDataset]
@@ -83,6 +83,19 @@ def load_data(
             sources, arguments, encoder, seed, num_proc
         )
     return LoadedData(train, test, report)
+
+
+def check_files(arguments: DataArguments) -> None:
+    """
+    Refuse local files that are not there, before anything takes time.
+
+    Raises:
+        FileNotFoundError: naming the argument and the file.
+    """
+    for name in arguments.dataset_name or ():
+        check_file(name)
+    if arguments.exclude_ids is not None and not Path(arguments.exclude_ids).expanduser().is_file():
+        raise FileNotFoundError(f"exclude_ids={arguments.exclude_ids!r}: there is no such file; check its path")
 
 
 def _read_all(arguments: DataArguments) -> dict[str, Splits]:

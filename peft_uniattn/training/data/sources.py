@@ -36,13 +36,12 @@ def read(name: str, *, config: str | None = None, streaming: bool = False) -> Da
         ValueError: the file is of an unknown kind or cannot be read, or the Hub has no such data set.
     """
     path = Path(name).expanduser()
-    kind = next((kind for ending, kind in FILE_KINDS.items() if path.name.endswith(ending)), None)
+    kind = _kind(path)
+    check_file(name)
     if path.is_file():
         if kind is None:
             raise ValueError(f"dataset_name={name!r} is none of these kinds of file: {', '.join(FILE_KINDS)}")
         return _read_file(path, kind, streaming)
-    if kind is not None:
-        raise FileNotFoundError(f"dataset_name={name!r}: there is no such file; check its path")
     try:
         return load_dataset(name, config, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -50,6 +49,21 @@ def read(name: str, *, config: str | None = None, streaming: bool = False) -> Da
             f"dataset_name={name!r} is no local file, and the Hub does not give it ({error}); check the name, or give "
             "a downloaded file"
         ) from error
+
+
+def check_file(name: str) -> None:
+    """
+    Refuse a data set that is named like a file where there is none; costs nothing, so it can be asked at once.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    if _kind(Path(name)) is not None and not Path(name).expanduser().is_file():
+        raise FileNotFoundError(f"dataset_name={name!r}: there is no such file; check its path")
+
+
+def _kind(path: Path) -> str | None:
+    return next((kind for ending, kind in FILE_KINDS.items() if path.name.endswith(ending)), None)
 
 
 def _read_file(path: Path, kind: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
