@@ -7,10 +7,10 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from tqdm.auto import tqdm
 
 from ..eviction import H2OCache, h2o
+from .language_model import LanguageModel
 
 # Requests at a time for each that a forward over whole texts would have, whose logits fill its memory.
 _MORE = 4
@@ -24,7 +24,7 @@ class _Request(NamedTuple):
     answer: list[int]
 
 
-class H2OLanguageModel(HFLM):
+class H2OLanguageModel(LanguageModel):
     """
     lm-eval's Hugging Face model, decoding with an [`H2OCache`].
 
@@ -35,7 +35,7 @@ class H2OLanguageModel(HFLM):
 
     Args:
         budget: share of the tokens that each head keeps, see [`H2OCache`].
-        options: what `HFLM` takes.
+        options: what lm-eval's `HFLM` takes.
     """
 
     def __init__(self, *, budget: float, **options: Any) -> None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import lm_eval
 import torch
-from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable
 from peft import AutoPeftModelForCausalLM
 from torch import nn
@@ -22,6 +21,7 @@ from ..eviction.budget import Budget
 from ..named import named_checkpoint
 from ..training.journal import write_atomically
 from .compressed import H2OLanguageModel
+from .language_model import LanguageModel
 from .tasks import PAPER_TASKS, task_manager, task_specs
 
 
@@ -65,7 +65,7 @@ def evaluate(
     specs = task_specs(tasks, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
     options = {"pretrained": model, "tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
     if h2o_budget is None:
-        language_model = HFLM(**options)
+        language_model = LanguageModel(**options)
     else:
         language_model = H2OLanguageModel(budget=Budget(h2o_budget).budget, **options)
     training = model.training

@@ -48,7 +48,7 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prom
         return []
     encoder = _encode_paper if prompt_style == "paper" else _encode_chat
     prompts, wholes = encoder(examples, tokenizer)
-    return [Encoded(list(whole), _common_prefix(prompt, whole)) for prompt, whole in zip(prompts, wholes, strict=True)]
+    return [Encoded(list(whole), common_prefix(prompt, whole)) for prompt, whole in zip(prompts, wholes, strict=True)]
 
 
 def _encode_paper(
@@ -76,7 +76,7 @@ def _encode_chat(
     )
 
 
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    """Tokens may merge across the boundary, so the answer starts where the two differ."""
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """How long both are alike. Tokens may merge across the boundary, so an answer starts where the two differ."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
