@@ -205,11 +205,11 @@ def distillation(raw: Raw) -> str:
 
 
 def levers(raw: Raw) -> str:
-    """Rows of `examples/explore_recipe.py`."""
+    """Rows of `examples/explore_recipe.py` and `examples/match_heads.py`, which may choose Superblocks."""
     lines = [
         (
             row["name"],
-            ", ".join(f"{name} {_brief(value)}" for name, value in row["options"].items()) or "–",
+            ", ".join(f"{name} {_brief(value)}" for name, value in _differing(row).items()) or "–",
             f"{row['converted_held_out_loss']:.3f}" if "converted_held_out_loss" in row else "–",
             f"{row['held_out_loss']:.4f}",
             f"{sum(row['accuracy'].values()) / len(row['accuracy']):.1f}",
@@ -234,6 +234,12 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _differing(row: Raw) -> Raw:
+    """The options of a row, and the Superblocks where they were chosen."""
+    chosen = row.get("superblocks")
+    return row["options"] | ({"superblocks": chosen} if chosen else {})
 
 
 def _brief(value: Any) -> str:
