@@ -87,8 +87,8 @@ class Reproduction:
         Run what has not been run yet; write `results.json`, `table.md`, `accuracy.svg` and `curves.svg`.
 
         Raises:
-            ValueError: if training data hold evaluation questions, the tables have no such row, or arguments do not fit
-                each other or the model.
+            ValueError: if training data hold evaluation questions, the tables have not all of `rows`, or arguments do
+                not fit each other or the model.
         """
         shared = parse_arguments([*self.argv, "--output_dir", str(self.directory)])
         found = find(
