@@ -118,8 +118,10 @@ def _loss(model: PreTrainedModel, batches: list[tuple[dict[str, torch.Tensor], t
     """Summed over all tokens."""
     total = 0.0
     for inputs, labels in batches:
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-        targets = labels[:, 1:].to(logits.device)
+        # On the CPU, from where a model that is spread over GPUs can take it to the last one.
+        columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1).cpu()
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits.float()
+        targets = labels[:, 1:][:, columns].to(logits.device)
         total += nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
         ).item()
