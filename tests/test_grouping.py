@@ -164,7 +164,7 @@ def test_losses_are_those_of_models_with_one_superblock(float64):
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt_neox", "llama4_text", "granitemoe"])
 def test_losses_of_other_families_are_those_of_adapters_without_compensation(family):
-    """Of models that embed, mask, scale or fuse otherwise: only layers from the leader on are run for each Superblock."""
+    """Of models that embed, mask, scale or fuse otherwise: what is below a leader is not run again."""
     model = Case(family).base().eval()
     ids = prompt(batch=2, length=9)
     decoder = find_decoder(model, find_family(model.config))
