@@ -58,7 +58,12 @@ FAMILIES = (
         "`peft-uniattn reproduce`: the base, plain post-training, UniAttn and its rivals, on the same data for as "
         "many steps ([evaluation](../evaluation.md)); and `examples/explore_recipe.py` and `examples/match_heads.py`: "
         "short runs, one lever each.",
-        {"reproduce_*.json": tables.reproduce, "reproduce_*.txt": None, "explore_*.json": tables.levers},
+        {
+            "reproduce_*.json": tables.reproduce,
+            "trained_*.json": tables.trained,
+            "reproduce_*.txt": None,
+            "explore_*.json": tables.levers,
+        },
     ),
     Family(
         "checkpoints",

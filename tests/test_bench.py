@@ -277,3 +277,9 @@ def test_the_command_line_reports_errors_in_one_sentence():
     result = CliRunner().invoke(app, ["bench", "ttft", "--shape", "huge", "--device", "cpu"])
     assert result.exit_code == 1
     assert "shape='huge' is not known" in result.output
+
+
+def test_the_times_so_far_are_saved_after_every_length():
+    saved = []
+    TtftBenchmark(TINY, (16, 32), rounds=1).run(lambda result: saved.append(json.loads(json.dumps(result))["lengths"]))
+    assert [[row["length"] for row in lengths] for lengths in saved] == [[16], [16, 32]]

@@ -162,6 +162,26 @@ def test_losses_are_those_of_models_with_one_superblock(float64):
         assert value == pytest.approx(loss(range(leader, last + 1)), rel=1e-9)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "gpt_neox", "llama4_text", "granitemoe"])
+def test_losses_of_other_families_are_those_of_adapters_without_compensation(family):
+    """Of models that embed, mask, scale or fuse otherwise: what is below a leader is not run again."""
+    model = Case(family).base().eval()
+    ids = prompt(batch=2, length=9)
+    decoder = find_decoder(model, find_family(model.config))
+    masks = getattr(decoder.backbone.config, "layer_types", None)
+    found = measure_losses(
+        model, decoder, [{"input_ids": ids}], layers=range(6), max_size=3, masks=masks, progress=False
+    )
+    for (leader, last), value in found.losses.items():
+        config = UniAttnConfig(superblocks=[list(range(leader, last + 1))], compensation="none")
+        adapted = get_peft_model(model, config).eval()
+        with torch.no_grad():
+            logits = adapted(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        assert value == pytest.approx(expected.item(), rel=1e-6)
+        adapted.unload()
+
+
 def test_without_labels_every_token_but_padding_counts():
     model = tiny_model()
     ids, mask = prompt(batch=2, length=8), torch.ones(2, 8, dtype=torch.long)

@@ -347,3 +347,16 @@ def test_evaluation_questions_in_training_data_stop_everything(tmp_path, data_di
     assert outcome.exit_code == 1
     assert "hold questions of the evaluation set social_iqa_cloze" in outcome.output
     assert not list((tmp_path / "out").glob("*-0.json"))
+
+
+def test_only_the_rows_that_are_named_are_run(tmp_path, data_dir, argv):
+    outcome = reproduced(tmp_path, data_dir, argv, "--rows", "pre-trained")
+    assert outcome.exit_code == 0, outcome.output
+    assert [path.name for path in (tmp_path / "out").glob("*-0.json")] == ["pre-trained-0.json"]
+
+
+def test_a_row_that_the_tables_do_not_have_is_refused_by_name(tmp_path, data_dir, argv):
+    outcome = reproduced(tmp_path, data_dir, argv, "--rows", "pre-trained,uniatn")
+    assert outcome.exit_code == 1
+    assert "'uniatn' must be one of pre-trained, post-train, llmdrop-half" in " ".join(outcome.output.split())
+    assert not list((tmp_path / "out").glob("*-0.json"))

@@ -81,24 +81,30 @@ class TtftBenchmark:
             )
 
     @torch.no_grad()
-    def run(self) -> dict[str, Any]:
-        """Measure everything; returns plain JSON types."""
+    def run(self, save: Callable[[dict[str, Any]], None] = lambda result: None) -> dict[str, Any]:
+        """
+        Measure everything; returns plain JSON types.
+
+        Args:
+            save: called with the result so far after every length.
+        """
         device = self.models.torch_device
         prompts = {length: self._from_text(length) for length in self.lengths} if self.text else {}
         base, unified = self.models.build()
         rates = measured_rates(device, base.dtype)
-        rows = []
-        for length in tqdm(self.lengths, desc="lengths", unit="length", leave=False):
-            ids = prompts[length] if prompts else self._random(length, base.config.vocab_size)
-            rows.append(self._measure(base, unified, ids.to(base.device), rates))
-        return {
+        result = {
             "benchmark": "ttft",
             "conditions": conditions(device) | {"measured_rates": rates},
             "settings": asdict(self),
             "dimensions": dimensions(base.config),
             "superblocks": unified.config.superblocks,
-            "lengths": rows,
+            "lengths": [],
         }
+        for length in tqdm(self.lengths, desc="lengths", unit="length", leave=False):
+            ids = prompts[length] if prompts else self._random(length, base.config.vocab_size)
+            result["lengths"].append(self._measure(base, unified, ids.to(base.device), rates))
+            save(result)
+        return result
 
     def _random(self, length: int, vocab_size: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.models.seed)

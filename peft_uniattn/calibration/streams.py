@@ -143,6 +143,15 @@ class LayerRunner:
             self._decoder.backbone(**inputs, use_cache=False)
         return seen[0]
 
+    def starting_at(self, layer_idx: int, hidden_states: torch.Tensor) -> AbstractContextManager[None]:
+        """Let the model begin with `hidden_states`, which enter the layer `layer_idx`, whatever token ids it gets."""
+        forward = self._decoder.layers[layer_idx].forward
+
+        def first(_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(hidden_states, *args, **kwargs)
+
+        return self._replaced({**dict.fromkeys(range(layer_idx), _pass), layer_idx: first})
+
     def run(
         self,
         inputs: dict[str, torch.Tensor],

@@ -20,6 +20,9 @@ def reproduce(
     tables: Annotated[
         str, typer.Option(help="Of main, ablation, h2o, designs, grouping, number, size; separated by commas.")
     ] = "main",
+    rows: Annotated[
+        str, typer.Option(help="Only these rows of the tables, by name, separated by commas. Default: all.")
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds of every row, separated by commas.")] = "0",
     tasks: Annotated[str, typer.Option(help="What to evaluate on, as in peft-uniattn eval.")] = (
         "social_iqa_cloze,commonsense_qa_cloze"
@@ -68,12 +71,13 @@ def reproduce(
         from ..reproduce.table import table
         from ..reproduce.ttft import Prompts
 
-        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        names = _names(tasks)
         task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
         run = Reproduction(
             directory=output_dir,
             argv=tuple(context.args),
-            tables=tuple(name.strip() for name in tables.split(",") if name.strip()),
+            tables=_names(tables),
+            rows=_names(rows),
             seeds=_parse_seeds(seeds),
             evaluation=Evaluation(
                 names,
@@ -94,6 +98,10 @@ def reproduce(
         )
         typer.echo(table(run.run()))
         typer.echo(f"saved: {output_dir}/results.json, table.md, accuracy.svg, curves.svg")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _parse_seeds(text: str) -> tuple[int, ...]:

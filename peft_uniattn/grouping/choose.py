@@ -75,7 +75,7 @@ def choose_superblocks(
         method: "error" takes what linear compensation leaves of the error of every possible pair of leader and
             follower, and finds the cheapest Superblocks by dynamic programming; "similarity" joins the neighbours
             with the most similar softmax activations (the paper's Table 9); "loss" takes what every possible
-            Superblock alone adds to the model's loss, in about `max_size - 1` passes over the data per layer. It is
+            Superblock alone adds to the model's loss, in about `max_size / 2` passes over the data per layer. It is
             the only one that knows the task: use it on a model that was trained for the task, with `labels`.
         max_size: most layers per Superblock.
         start_layer: the lowest layer that may be used.

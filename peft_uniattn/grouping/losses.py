@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, repeat
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..attention import follow, past_key_values
 from ..calibration.batches import model_inputs, token_mask
+from ..calibration.streams import LayerRunner
 from ..families import Decoder, Family
 from ..handover import HANDOVER, install_handover, remove_handover
 from ..modes import evaluation_mode, replaced_forwards
@@ -22,6 +24,9 @@ from ..plan import may_share
 from ..recording import intercepted
 
 IGNORE = -100
+
+# What the model takes, and labels.
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def measure_losses(
     """
     Measure the model's loss with every Superblock that could be, each of them alone and without compensation.
 
-    About `max_size - 1` forward passes a layer over all data, so a few thousand predicted tokens have to be enough.
+    About `max_size / 2` forward passes a layer over all data, so a few thousand predicted tokens have to be enough.
 
     Args:
         model: the transformers model, without adapters.
@@ -92,19 +97,25 @@ def measure_losses(
         for last in range(leader + 1, min(leader + max_size, layers.stop))
         if may_share(range(leader, last + 1), masks, follower_mask)
     ]
+    runner = LayerRunner(decoder)
     with evaluation_mode(model):
         base = _loss(model, batches) / tokens
         if not torch.isfinite(torch.tensor(base)):
             raise ValueError("the model's loss is not finite; check the data, or use bfloat16 or float32")
-        bar = tqdm(blocks, desc="measuring", unit="Superblock", disable=not progress, leave=False)
         losses = {}
-        for block in bar:
-            with _sharing(decoder, block):
-                losses[block[0], block[-1]] = _loss(model, batches) / tokens
+        with tqdm(total=len(blocks), desc="measuring", unit="Superblock", disable=not progress, leave=False) as bar:
+            for leader, of_leader in groupby(blocks, key=lambda block: block[0]):
+                # What is below a leader does not change: it runs once for all Superblocks of that leader.
+                entering = [runner.run_below(inputs, leader) for inputs, _ in batches]
+                starts = [partial(runner.starting_at, leader, hidden_states) for hidden_states in entering]
+                for block in of_leader:
+                    with _sharing(decoder, block):
+                        losses[leader, block[-1]] = _loss(model, batches, starts) / tokens
+                    bar.update()
     return LossCosts(base, losses, tokens)
 
 
-def _read(dataloader: Iterable, device: torch.device) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+def _read(dataloader: Iterable, device: torch.device) -> list[Batch]:
     batches = []
     for index, batch in enumerate(dataloader):
         inputs = {key: value.to(device) for key, value in model_inputs(batch, index).items()}
@@ -114,12 +125,17 @@ def _read(dataloader: Iterable, device: torch.device) -> list[tuple[dict[str, to
     return batches
 
 
-def _loss(model: PreTrainedModel, batches: list[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> float:
-    """Summed over all tokens."""
+def _loss(
+    model: PreTrainedModel, batches: list[Batch], starts: Sequence[Callable[[], AbstractContextManager]] | None = None
+) -> float:
+    """Summed over all tokens; each batch begins as `starts` says, by default with its token ids."""
     total = 0.0
-    for inputs, labels in batches:
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-        targets = labels[:, 1:].to(logits.device)
+    for (inputs, labels), start in zip(batches, starts or repeat(nullcontext), strict=False):
+        # On the CPU, from where a model that is spread over GPUs can take it to the last one.
+        columns = (labels[:, 1:] != IGNORE).any(0).nonzero().squeeze(1).cpu()
+        with start():
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits.float()
+        targets = labels[:, 1:][:, columns].to(logits.device)
         total += nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
         ).item()

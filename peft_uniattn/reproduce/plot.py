@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,30 @@ SWEEPS = {"number": "number of Superblocks", "size": "layers per Superblock"}
 
 def plot(results: Sequence[CellResult], path: Path, *, caption: str) -> None:
     """
-    Draw mean accuracy (with the standard deviation over seeds) against KV bytes per token.
+    Draw mean accuracy (with the standard deviation over seeds), a line a row, those of one size of cache together.
 
     Args:
         results: of the rows.
         path: where the picture goes; its ending decides the format.
         caption: the conditions, below the picture.
     """
-    with _figure(path, caption, size=(6.4, 4.4)) as (figure, (axes,)):
-        for (name, found), marker in zip(by_cell(results).items(), cycle(_MARKERS), strict=False):
+    rows = sorted(by_cell(results).values(), key=lambda found: (found[0].kv_bytes, _mean_accuracy(found)))
+    with _figure(path, caption, size=(7, 1.2 + 0.27 * len(rows))) as (_, (axes,)):
+        for height, found in enumerate(rows):
             means = [result.mean_accuracy for result in found]
-            axes.errorbar(
-                found[0].kv_bytes / 1024,
-                statistics.mean(means),
-                yerr=statistics.stdev(means) if len(means) > 1 else None,
-                fmt=marker,
-                capsize=3,
-                color="0.2",
-                label=name,
-            )
-        axes.set_xlabel("KV cache, KiB per token")
-        axes.set_ylabel("mean accuracy, %")
-        figure.legend(loc="outside right upper", fontsize="small")
+            spread = statistics.stdev(means) if len(means) > 1 else None
+            axes.errorbar(statistics.mean(means), height, xerr=spread, fmt="o", ms=5, capsize=3, color="0.2")
+            if height and found[0].kv_bytes != rows[height - 1][0].kv_bytes:
+                axes.axhline(height - 0.5, color="0.85", linewidth=1)
+        axes.set_yticks(
+            range(len(rows)), [f"{found[0].cell}, {found[0].kv_bytes / 1024:.3g} KiB per token" for found in rows]
+        )
+        axes.grid(axis="x", color="0.9")
+        axes.set_xlabel("mean accuracy, %")
+
+
+def _mean_accuracy(found: Sequence[CellResult]) -> float:
+    return statistics.mean(result.mean_accuracy for result in found)
 
 
 def sweeps(results: Sequence[CellResult]) -> dict[str, dict[int, list[CellResult]]]:

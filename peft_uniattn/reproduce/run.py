@@ -31,6 +31,7 @@ class Reproduction:
             with other settings.
         argv: arguments of the training recipe that all rows share, `--max_steps` among them.
         tables: names of [`TABLES`].
+        rows: names of the rows to run; default all of the tables.
         seeds: of every row.
         evaluation: what every row is asked.
         stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out of all but the row that
@@ -42,6 +43,7 @@ class Reproduction:
         prompts: what times to the first token are measured on, when all rows are done.
         command: what was called, for the record.
         model: honest name of the base, for the record; default what the arguments name.
+        rows: names of the only rows to run; empty for all of the tables.
 
     Raises:
         ValueError: for unknown tables, no seeds, or shares and jobs out of range.
@@ -60,6 +62,7 @@ class Reproduction:
     prompts: Prompts = field(default_factory=Prompts)
     command: str = "peft-uniattn reproduce"
     model: str | None = None
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.tables if name not in TABLES]
@@ -84,7 +87,8 @@ class Reproduction:
         Run what has not been run yet; write `results.json`, `table.md`, `accuracy.svg` and `curves.svg`.
 
         Raises:
-            ValueError: if training data hold evaluation questions, or arguments do not fit each other or the model.
+            ValueError: if training data hold evaluation questions, the tables have not all of `rows`, or arguments do
+                not fit each other or the model.
         """
         shared = parse_arguments([*self.argv, "--output_dir", str(self.directory)])
         found = find(
@@ -95,7 +99,7 @@ class Reproduction:
             grouping=self.grouping,
             grouping_model=self.grouping_model,
         )
-        rows = list({cell.name: cell for name in self.tables for cell in cells(name, found)}.values())
+        rows = self._chosen(found)
         alike: dict[Any, list[Cell]] = {}
         for row in rows:
             alike.setdefault(training_of(row, shared, self.stage1_share), []).append(row)
@@ -127,6 +131,13 @@ class Reproduction:
         if sweeps(ordered):
             plot_sweeps(ordered, self.directory / "sweeps.svg", caption=self._caption(ordered))
         return ordered
+
+    def _chosen(self, found: Findings) -> list[Cell]:
+        """The rows of all tables, each once, or those that are asked for."""
+        rows = {cell.name: cell for name in self.tables for cell in cells(name, found)}
+        if unknown := [name for name in self.rows if name not in rows]:
+            raise ValueError(f"rows={list(self.rows)}: {unknown[0]!r} must be one of {', '.join(rows)}")
+        return [cell for cell in rows.values() if not self.rows or cell.name in self.rows]
 
     def _check(self, work: Sequence[tuple[tuple[Cell, ...], int]], shared: Arguments) -> None:
         """Raise ValueError for a row that the arguments do not fit, or that is there with other settings."""

@@ -67,13 +67,13 @@ def ttft(
         # Only now: torch and transformers take seconds that --help should not.
         from ...bench.contenders import Models
         from ...bench.ttft import TtftBenchmark
-        from .report import finish, print_card, print_contenders
+        from .report import finish, print_card, print_contenders, save
 
         models = Models(shape, model, superblock_size, start_layer, rank, dtype, device, seed, tuple(back_end or ()))
         lengths = tuple(length or [8192])
         options = {"chunk": chunk, "text": text, "profile": profile, "tiles_gib": tiles_gib}
         benchmark = TtftBenchmark(models, lengths, batch_size, skip_mass, kept, rounds, **options)
-        result = benchmark.run()
+        result = benchmark.run(save=lambda result: save(result, output))
         print_card(result, "Time to the first token")
         for row in result["lengths"]:
             title = f"{batch_size} x {row['length']:,} tokens"
