@@ -22,7 +22,8 @@ def named_checkpoint(argument: str, value: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
             f"{argument}={value!r} is no checkpoint that can be read ({reason}); give a folder with a config.json, "
-            "or a name that the Hub knows"
+            "or a name that the Hub knows (where the Hub is out of reach, run `hf download NAME --local-dir FOLDER` "
+            "on a connected machine and copy FOLDER here)"
         ) from error
 
 

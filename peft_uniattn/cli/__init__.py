@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -43,3 +44,5 @@ def main(
 
     Is it worth it for a model? `peft-uniattn plan MODEL`. What is it like? `peft-uniattn quickstart`.
     """
+    # What libraries tell one another about their next versions.
+    warnings.simplefilter("ignore", FutureWarning)

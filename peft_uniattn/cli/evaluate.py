@@ -55,19 +55,25 @@ def evaluate(
             Budget(h2o_budget)
         task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
         loaded, tokenizer = load_for_evaluation(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        results = run(
-            loaded,
-            tokenizer,
-            names,
-            num_fewshot=num_fewshot,
-            prompt=prompt,
-            data_dir=data_dir,
-            batch_size=batch_size,
-            max_length=max_length,
-            limit=limit,
-            seed=seed,
-            h2o_budget=h2o_budget,
-        )
+        try:
+            results = run(
+                loaded,
+                tokenizer,
+                names,
+                num_fewshot=num_fewshot,
+                prompt=prompt,
+                data_dir=data_dir,
+                batch_size=batch_size,
+                max_length=max_length,
+                limit=limit,
+                seed=seed,
+                h2o_budget=h2o_budget,
+            )
+        except ConnectionError as error:
+            raise ValueError(
+                f"{error}; where the Hub is out of reach, give the folder with the published files of the paper's "
+                "sets as --data-dir"
+            ) from error
         typer.echo(make_table(results))
         if output is not None:
             write_results(results, output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -55,11 +54,10 @@ def quickstart(
         from ..training.arguments import PlanArguments
         from ..training.two_stage import TwoStageRun
 
-        # The bars of loading and tokenizing, over in a second, and what libraries tell one another.
+        # The bars of loading and tokenizing, over in a second.
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-        warnings.simplefilter("ignore", FutureWarning)
 
         arguments = demonstration(
             output_dir,

@@ -30,7 +30,7 @@ def read_config(model: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model={model!r} has no configuration that can be read ({str(error).splitlines()[0]}); give a folder "
-            f"with a config.json, a name that the Hub knows, or one of {', '.join(SHAPES)}"
+            f"with a config.json (no weights are read), a name that the Hub knows, or one of {', '.join(SHAPES)}"
         ) from error
     config = config.get_text_config(decoder=True)
     find_family(config)

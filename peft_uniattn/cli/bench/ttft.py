@@ -27,7 +27,10 @@ from .options import (
 def ttft(
     shape: Shape = "llama-3.1-8b",
     model: Model = None,
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of the prompt; repeatable. Default: 8192.")] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of the prompt; repeatable. Default: 8192, minutes on a CPU."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts.", min=1)] = 1,
     superblock_size: SuperblockSize = 4,
     start_layer: StartLayer = None,
