@@ -128,7 +128,7 @@ class TtftBenchmark:
         contenders = self._contenders(base, unified, ids)
         references: dict[str, torch.Tensor] = {}
         green = []
-        for contender in contenders:
+        for contender in tqdm(contenders, desc="checked", unit="contender", leave=False):
             works = contender.check(references, GATE[self.models.dtype])
             if works or ("simulated" in contender.name and isinstance(contender.error, float)):
                 green.append(contender)

@@ -45,12 +45,13 @@ def show(
 def print_table(record: Record) -> None:
     """Print a result for a person."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from ...analysis.tables import rows
 
     head, *lines = rows(record)
-    table = Table(*head, title=record.analysis, caption=record.caption)
+    columns = (Column(title, overflow="fold") for title in head)  # a plan is of no use if its end is cut off
+    table = Table(*columns, title=record.analysis, caption=record.caption)
     for line in lines:
         table.add_row(*line)
     Console().print(table)
