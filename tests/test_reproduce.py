@@ -19,7 +19,7 @@ from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells, findings
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
 from peft_uniattn.reproduce.matrix import Cell
-from peft_uniattn.reproduce.side_by_side import run_apart, side_by_side
+from peft_uniattn.reproduce.side_by_side import run_apart, side_by_side, visible_devices
 from peft_uniattn.reproduce.table import spread, table
 from peft_uniattn.training.arguments import parse_arguments
 
@@ -58,11 +58,23 @@ def test_rivals_work_on_half_and_on_all_of_the_layers():
 
 def test_rows_take_turns_on_a_device_also_after_one_that_fails_which_is_named(tmp_path):
     devices = Queue()
-    devices.put(3)
+    devices.put("3")
     with pytest.raises(RuntimeError, match="row 'broken' with seed 0 failed"):
         run_apart(devices, 1, partial(write_row, tmp_path), (Cell("broken"),), 0)
     assert run_apart(devices, 1, partial(write_row, tmp_path), (Cell("second"),), 0) == "second on 3"
     assert devices.qsize() == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "names"),
+    [(None, 2, ["0", "1"]), ("1", 1, ["1"]), ("2, GPU-7f", 2, ["2", "GPU-7f"]), ("3,9", 1, ["3"]), ("", 0, [""])],
+)
+def test_rows_keep_to_the_gpus_that_the_command_was_given(monkeypatch, given, count, names):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert visible_devices() == names
 
 
 @pytest.fixture
@@ -353,6 +365,15 @@ def test_only_the_rows_that_are_named_are_run(tmp_path, data_dir, argv):
     outcome = reproduced(tmp_path, data_dir, argv, "--rows", "pre-trained")
     assert outcome.exit_code == 0, outcome.output
     assert [path.name for path in (tmp_path / "out").glob("*-0.json")] == ["pre-trained-0.json"]
+
+
+def test_finished_rows_are_read_without_processes_of_their_own(tmp_path, data_dir, argv, monkeypatch):
+    reproduced(tmp_path, data_dir, argv, "--rows", "pre-trained")
+    left = Mock(return_value=iter(()))
+    monkeypatch.setattr("peft_uniattn.reproduce.run.side_by_side", left)
+    outcome = reproduced(tmp_path, data_dir, argv, "--rows", "pre-trained", "--jobs", "2")
+    assert outcome.exit_code == 0, outcome.output
+    assert left.call_args.args[0] == []
 
 
 def test_a_row_that_the_tables_do_not_have_is_refused_by_name(tmp_path, data_dir, argv):

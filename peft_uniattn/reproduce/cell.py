@@ -136,8 +136,8 @@ def run_cells(
     Raises:
         ValueError: if `max_steps` is not among `argv`, or leaves stage 2 nothing to do.
     """
-    files = [directory / f"{cell.name}-{seed}.json" for cell in cells]
-    if all(file.exists() for file in files):
+    files = [result_file(directory, cell.name, seed) for cell in cells]
+    if is_done(directory, cells, seed):
         return [CellResult.read(file) for file in files]
     folder = directory / f"{cells[0].name}-{seed}"
     trained = _train(cells[0], seed, folder, argv=argv, stage1_share=stage1_share)
@@ -147,6 +147,16 @@ def run_cells(
     if not keep_models:
         shutil.rmtree(folder, ignore_errors=True)
     return [CellResult.read(file) for file in files]
+
+
+def result_file(directory: Path, name: str, seed: int) -> Path:
+    """Where the result of a row with one seed is kept."""
+    return directory / f"{name}-{seed}.json"
+
+
+def is_done(directory: Path, cells: Sequence[Cell], seed: int) -> bool:
+    """Whether the results of rows with one seed are there."""
+    return all(result_file(directory, cell.name, seed).exists() for cell in cells)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..training.arguments import Arguments, parse_arguments
 from ..training.journal import write_atomically
-from .cell import CellResult, Evaluation, flags_of, run_cells, steps_of, training_of
+from .cell import CellResult, Evaluation, flags_of, is_done, result_file, run_cells, steps_of, training_of
 from .findings import GROUPINGS, find
 from .matrix import STAGE1_SHARE, TABLES, Cell, Findings, cells
 from .plot import plot, plot_curves, plot_sweeps, sweeps
@@ -146,8 +146,7 @@ class Reproduction:
                 told = flags_of(cell, steps_of(cell, shared, self.stage1_share))
                 flags = [*self.argv, *told, "--seed", str(seed)]
                 parse_arguments([*flags, "--output_dir", str(self.directory)])
-                path = self.directory / f"{cell.name}-{seed}.json"
-                if path.exists():
+                if (path := result_file(self.directory, cell.name, seed)).exists():
                     check_same(path, flags, self.evaluation)
 
     def _write(self, results: Sequence[CellResult], found: Findings, model: str) -> None:
@@ -163,10 +162,13 @@ class Reproduction:
             stage1_share=self.stage1_share,
             keep_models=self.keep_models,
         )
+        done = [(group, seed) for group, seed in work if is_done(self.directory, group, seed)]
+        left = [one for one in work if one not in done]
+        yield from (run(group, seed) for group, seed in done)  # which reads them
         if self.jobs == 1:
-            yield from (run(group, seed) for group, seed in work)
+            yield from (run(group, seed) for group, seed in left)
             return
-        yield from side_by_side(work, run, self.jobs)
+        yield from side_by_side(left, run, self.jobs)
 
     def _timed(self, results: Sequence[CellResult], rows: Sequence[Cell], shared: Arguments) -> list[CellResult]:
         """Add the times to the first token to results without them, now that nothing else runs; also on disk."""
@@ -179,7 +181,7 @@ class Reproduction:
         )
         timed = [replace(result, **times.get(result.cell, {})) for result in results]
         for result in timed:
-            result.write(self.directory / f"{result.cell}-{result.seed}.json")
+            result.write(result_file(self.directory, result.cell, result.seed))
         return timed
 
     def _caption(self, results: Sequence[CellResult]) -> str:

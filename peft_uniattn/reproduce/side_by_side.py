@@ -36,9 +36,10 @@ def side_by_side(work: Sequence[Work], run: Run, jobs: int) -> Iterator[list[Cel
     Raises:
         RuntimeError: at the end, if something has failed twice; names it.
     """
-    devices: Queue[int] = Queue()
+    names = visible_devices()
+    devices: Queue[str] = Queue()
     for job in range(jobs):
-        devices.put(job % max(1, torch.cuda.device_count()))
+        devices.put(names[job % len(names)])
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
         rows = {pool.submit(run_apart, devices, jobs, run, group, seed): (group, seed) for group, seed in work}
@@ -61,7 +62,15 @@ def side_by_side(work: Sequence[Work], run: Run, jobs: int) -> Iterator[list[Cel
         raise RuntimeError(f"{'; '.join(errors)}. The same command tries again what is missing")
 
 
-def run_apart(devices: Queue[int], jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> list[CellResult]:
+def visible_devices() -> list[str]:
+    """The GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names each; [""] without one."""
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in given.split(",")] if given else list(map(str, range(count)))
+    return names[:count] or [""]
+
+
+def run_apart(devices: Queue[str], jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> list[CellResult]:
     """
     Run rows in a process of their own, on the next free device.
 
@@ -82,7 +91,7 @@ def run_apart(devices: Queue[int], jobs: int, run: Run, group: tuple[Cell, ...],
     return run(group, seed)  # which reads the file that the process has written
 
 
-def _on_device(device: int, jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+def _on_device(device: str, jobs: int, run: Run, group: tuple[Cell, ...], seed: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     run(group, seed)
