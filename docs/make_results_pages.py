@@ -59,8 +59,8 @@ FAMILIES = (
         "many steps ([evaluation](../evaluation.md)); and `examples/explore_recipe.py` and `examples/match_heads.py`: "
         "short runs, one lever each.",
         {
+            "reproduce_smollm2_by_loss.json": tables.reproduce,  # the main table first
             "reproduce_*.json": tables.reproduce,
-            "trained_*.json": tables.trained,
             "reproduce_*.txt": None,
             "explore_*.json": tables.levers,
         },

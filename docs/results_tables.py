@@ -30,30 +30,6 @@ def reproduce(raw: Raw) -> str:
     return "\n\n".join(parts)
 
 
-def trained(raw: Raw) -> str:
-    """Rows of `peft-uniattn reproduce` that were trained and not evaluated."""
-    lines = [
-        (
-            row["cell"],
-            f"{row['kv_bytes']:,}",
-            _brief(row["superblocks"]) or "–",
-            *(f"{loss:.3f}" for _, loss in row["curves"]["evaluations"]),
-            f"{list(row['losses'].values())[-1]:.3f}",
-        )
-        for row in raw["rows"]
-    ]
-    parts = ("a quarter", "half", "three quarters", "all")
-    head = (
-        "",
-        "KV bytes per token",
-        "Superblocks",
-        *(f"loss after {part} of the steps" for part in parts),
-        "held-out loss",
-    )
-    notes = "\n".join(f"- {note}" for note in raw["notes"])
-    return f"{grid(head, lines)}\n\n{notes}"
-
-
 def analysis(raw: Raw) -> str:
     return markdown(Analysis(**raw))
 

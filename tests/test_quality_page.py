@@ -23,11 +23,7 @@ def losses(part):
 
 @pytest.fixture(scope="module")
 def measured():
-    files = [
-        path
-        for pattern in ("explore_*.json", "reproduce_*.json", "trained_*.json")
-        for path in (DOCS / "results").glob(pattern)
-    ]
+    files = [path for pattern in ("explore_*.json", "reproduce_*.json") for path in (DOCS / "results").glob(pattern)]
     return {f"{number:.3f}" for path in files for number in losses(json.loads(path.read_text()))}
 
 

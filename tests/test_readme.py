@@ -75,8 +75,18 @@ def test_accuracies_after_training_are_those_of_the_raw_result(row, words):
     found = [item for item in raw("reproduce_smollm2_by_loss.json")["results"] if item["cell"] == row]
     accuracy = sum(sum(item["accuracy"].values()) / len(item["accuracy"]) for item in found) / len(found)
     loss = sum(list(item["losses"].values())[-1] for item in found) / len(found)
-    cells = f"{found[0]['kv_bytes']:,} | {accuracy:.1f} | {loss:.3f} | {len(found)}"
+    time = found[0]["ttft_ms"] / found[0]["ttft_base_ms"]
+    cells = f"{found[0]['kv_bytes']:,} | {time:.2f} | {accuracy:.1f} | {loss:.3f} | {len(found)}"
     assert f"{cells} |" in README and re.search(rf"\| {words} \| {re.escape(cells)} \|", README)
+
+
+def test_the_distance_of_qwen_is_that_of_the_raw_result():
+    means = {
+        (item["cell"], item["seed"]): sum(item["accuracy"].values()) / len(item["accuracy"])
+        for item in raw("reproduce_qwen_by_loss.json")["results"]
+    }
+    distances = [means["post-train", seed] - means["uniattn", seed] for seed in range(3)]
+    assert f"24 followers end {sum(distances) / 3:.1f} points below plain post-training" in README
 
 
 def test_the_accuracy_of_fixed_superblocks_is_that_of_the_raw_result():

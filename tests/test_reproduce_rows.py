@@ -133,12 +133,12 @@ def test_the_standard_error_is_the_deviation_by_the_root_of_the_number():
 
 
 def test_a_time_stands_beside_its_ratio_to_the_base():
-    conditions = {"prompts": 2, "tokens": 1024, "dtype": "float32", "rounds": 3}
+    conditions = {"prompts": 2, "tokens": 1024, "dtype": "float32", "rounds": 3, "device": "NVIDIA X"}
     timed = dataclasses.replace(
         result("row", 0, {"a": 1.0}, 1), ttft_ms=9.0, ttft_base_ms=10.0, ttft_conditions=conditions
     )
     assert "| 9.0 (0.90×) |" in table([timed])
-    assert "median of 3 prefills of 2 x 1,024 tokens in float32" in notes([timed])
+    assert "median of 3 prefills of 2 x 1,024 tokens in float32 on NVIDIA X" in notes([timed])
 
 
 def test_curves_count_steps_from_the_first_stage(tmp_path):

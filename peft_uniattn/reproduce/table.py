@@ -63,7 +63,8 @@ def notes(results: Sequence[CellResult]) -> str:
     if conditions := next((result.ttft_conditions for result in results if result.ttft_conditions), None):
         parts.append(
             f"TTFT: median of {conditions['rounds']} prefills of {conditions['prompts']} x {conditions['tokens']:,} "
-            f"tokens in {conditions['dtype']}, in turns with the unmodified base; in parentheses the ratio to it."
+            f"tokens in {conditions['dtype']} on {conditions['device']}, in turns with the unmodified base; in "
+            "parentheses the ratio to it."
         )
     return " ".join(parts)
 
