@@ -81,6 +81,31 @@ def stored_tiles(name: str = "ttft_32k_tiles_h100.json") -> str:
     return "\n".join(lines)
 
 
+def real_text(*names: str) -> str:
+    """Time to the first token of real checkpoints on a real text, and what skipping changes in the logits."""
+    lines = [
+        "| checkpoint | prompts × tokens | base, ms | exact | skipping "
+        "| relative error of skipping; of another back end |",
+        "|---|---|---|---|---|---|",
+    ]
+    names = names or ("ttft_real_text_smollm2_h200.json", "ttft_real_text_qwen_h200.json")
+    for raw, row in ((loaded, row) for loaded in map(_load, names) for row in loaded["lengths"]):
+        base = row["ratios"]["fastest_base"]
+        exact = f"unified {base.removeprefix('base ')}"
+        skipping = f"{exact}, skip_mass {raw['settings']['skip_mass']}"
+        errors = [row["contenders"][one]["relative_error"] for one in (skipping, "base sdpa flash")]
+        cells = (
+            raw["settings"]["models"]["model"].partition("-Instruct")[0],
+            f"{raw['settings']['batch_size']} × {row['length']:,}",
+            f"{row['contenders'][base]['median_ms']:.1f}",
+            f"{row['ratios'][exact]:.3f}",
+            f"{row['ratios'][skipping]:.3f}",
+            f"{errors[0]:.3f}; {errors[1]:.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def one_layer(name: str = "decode_attention_h100.json") -> str:
     """Attention of one layer for one decoded token: leader, follower and the fastest fused attention."""
     raw = _load(name)
@@ -133,4 +158,4 @@ def _load(name: str) -> dict:
 
 if __name__ == "__main__":
     decoding = decode(), decode("decode_compiled_h100.json"), beyond_bytes(), one_layer()
-    print(*decoding, first_token(), stored_tiles(), training(), sep="\n\n")
+    print(*decoding, first_token(), stored_tiles(), real_text(), training(), sep="\n\n")

@@ -51,6 +51,7 @@ def test_links_to_files_and_headings_lead_somewhere(page):
         ("one_layer", ()),
         ("first_token", ()),
         ("stored_tiles", ()),
+        ("real_text", ()),
         ("training", ()),
     ],
 )
