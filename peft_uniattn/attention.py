@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,15 +58,15 @@ def release_attention(attention: nn.Module) -> None:
 
 def original_config(attention: nn.Module) -> Any:
     """The model's own configuration, behind an intercepted attention module or not."""
-    return getattr(attention.config, "uniattn_original", attention.config)
+    return vars(attention.config).get("uniattn_original", attention.config)  # getattr of a configuration is slow
 
 
 class _AsItWas:
     """An attention module as its back end expects it: with the model's own configuration."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, config: Any) -> None:
         self._attention = attention
-        self.config = original_config(attention)
+        self.config = config
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
@@ -95,11 +96,15 @@ def leader_attention(
     if kwargs.get("cache") is not None:
         refuse_continuous_batching()
 
-    check_back_end(original_config(module)._attn_implementation)
+    config = original_config(module)
+    back_end = config._attn_implementation
+    check_back_end(back_end)
     grad_enabled = torch.is_grad_enabled()
     plain = not grad_enabled and _is_plain(key, attention_mask, kwargs)
     probabilities = None
-    if plain and (fused := _fused(module, query, key, value, attention_mask, kwargs, handover)) is not None:
+    # Under eager, s is to be seen.
+    fusible = plain and back_end != "eager" and (query.shape[2] == 1 or back_end == "sdpa")
+    if fusible and (fused := _fused(module, config, query, key, value, attention_mask, kwargs, handover)) is not None:
         output, shared = fused
         state = LeaderState(module, query, key, attention_mask, kwargs, None, grad_enabled, shared=shared)
         handover.give(module.layer_idx, state)
@@ -120,6 +125,7 @@ def leader_attention(
 
 def _fused(
     module: nn.Module,
+    config: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -127,11 +133,8 @@ def _fused(
     kwargs: dict[str, Any],
     handover: Handover,
 ) -> tuple[torch.Tensor, Any] | None:
-    """Output and s by a fused kernel; None where none fits or is faster, and under eager, which is to show s."""
-    config = original_config(module)
-    if lead is None or config._attn_implementation == "eager" or kwargs.get("dropout"):
-        return None
-    if query.shape[2] > 1 and config._attn_implementation != "sdpa":
+    """Output and s by a fused kernel; None where none fits or is faster."""
+    if lead is None or kwargs.get("dropout"):
         return None
     configured = handover.kernels or (getattr(config, "kernels", None), getattr(config, "skip_mass", 0.0))
     causal = kwargs.get("is_causal")
@@ -257,16 +260,16 @@ def call_back_end(
     attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `attention` would get from its back end for these tensors, were it not intercepted."""
-    return _back_end(attention)(_AsItWas(attention), query, key, value, mask, **kwargs)
+    config, file = original_config(attention), _modelling_file(type(attention))
+    back_end = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, file.eager_attention_forward)
+    return back_end(_AsItWas(attention, config), query, key, value, mask, **kwargs)
 
 
-def _back_end(attention: nn.Module) -> Callable:
-    """The attention function that `attention` would call by itself."""
-    name = original_config(attention)._attn_implementation
-    # "eager" is a function of each modelling file rather than a registered one; classes mixed in on top have none.
-    modules = (sys.modules[cls.__module__] for cls in type(attention).__mro__)
-    eager = next(module.eager_attention_forward for module in modules if hasattr(module, "eager_attention_forward"))
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+@cache
+def _modelling_file(attention_class: type[nn.Module]) -> ModuleType:
+    """Where a class has its eager attention, which is no registered function; classes mixed in on top have none."""
+    modules = (sys.modules[cls.__module__] for cls in attention_class.__mro__)
+    return next(module for module in modules if hasattr(module, "eager_attention_forward"))
 
 
 def decode_probabilities(

@@ -81,15 +81,17 @@ class Family:
                 value = nn.functional.linear(hidden_states, projection.weight[rows], bias)
             else:  # quantized or distributed weights cannot be sliced
                 value = projection(hidden_states)[..., rows]
-        if (limit := getattr(attention.config, "clip_qkv", None)) is not None:
+        if (limit := vars(attention.config).get("clip_qkv")) is not None:  # a failing getattr of a config is slow
             value = value.clamp(-limit, limit)
-        return value.unflatten(-1, (-1, self.head_dim(attention))).transpose(1, 2)
+        return value.view(*value.shape[:-1], -1, self.head_dim(attention)).transpose(1, 2)
 
     def project_output(self, attention: nn.Module, heads: torch.Tensor) -> torch.Tensor:
         """W_o on the heads' outputs (batch, length, query heads, head_dim): (batch, length, hidden size)."""
         output = getattr(attention, self.output)(heads.flatten(2))
+        if not attention.training:
+            return output
         dropout = getattr(getattr(attention, "out_drop", None), "p", getattr(attention, "residual_dropout", 0.0))
-        return nn.functional.dropout(output, dropout, attention.training)
+        return nn.functional.dropout(output, dropout)
 
     def output_matrix(self, attention: nn.Module) -> torch.Tensor:
         """W_o of shape (coordinates of all heads, hidden size), as in heads · W_o, in float64."""

@@ -33,6 +33,7 @@ from huggingface_hub.errors import StrictDataclassError
 from oracle import unified_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from peft_uniattn import UniAttnConfig, standalone_modeling, to_standalone
@@ -593,3 +594,29 @@ def test_an_impossible_rank_of_the_compensation_is_refused(rank, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "compensation_rank": rank}))
     with pytest.raises((ValueError, StrictDataclassError), match="compensation_rank"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+class Operations(TorchDispatchMode):
+    """How many operations a model asks its device for; with small tensors, it is their number that takes time."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("tokens", [1, 8], ids=["decode", "prefill"])
+@both_ranks
+def test_it_asks_for_fewer_operations_than_its_base(tokens, r):
+    base = tiny_model()
+    counts = []
+    for each in (base, to_standalone(get_peft_model(tiny_model(), UniAttnConfig(superblocks=SUPERBLOCKS, r=r)))):
+        cache = each(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+        with Operations() as operations:
+            each(torch.arange(tokens)[None], past_key_values=cache, use_cache=True)
+        counts.append(operations.number)
+    assert counts[1] < counts[0]
