@@ -391,6 +391,9 @@ def main(
         "social_iqa_cloze",
         "commonsense_qa_cloze",
     ),
+    with_accuracy: Annotated[
+        bool, typer.Option("--accuracy/--no-accuracy", help="Also ask the questions, which takes a CPU long.")
+    ] = True,
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="JSON, rewritten after every row.")] = Path("explored.json"),
 ) -> None:
@@ -407,7 +410,7 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(model)
     asked = task_questions(list(task), data_dir=data_dir)
     data, held_out = training_examples(training_files, tokenizer, held_out_examples, seed, asked)
-    questions = load_questions(list(task), tokenizer, data_dir)
+    questions = load_questions(list(task), tokenizer, data_dir) if with_accuracy else {}
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
     base.eval().requires_grad_(False)
     for row in tqdm([row for row in planned if row.name not in done], unit="row"):

@@ -66,7 +66,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def explore(folder, rows, output, seed=0):
+def explore(folder, rows, output, seed=0, **options):
     (folder / "rows.json").write_text(json.dumps(rows))
     EXAMPLE["main"](
         str(folder / "base"),
@@ -79,6 +79,7 @@ def explore(folder, rows, output, seed=0):
         task=["social_iqa_cloze"],
         seed=seed,
         output=output,
+        **options,
     )
     return json.loads(output.read_text())["rows"]
 
@@ -106,6 +107,11 @@ def plain_losses(model, rows, batch_size, peak, steps):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def test_no_questions_are_asked_where_only_the_loss_is_wanted(inputs, tmp_path):
+    (row,) = explore(inputs, ROWS[:1], tmp_path / "out.json", with_accuracy=False)
+    assert row["accuracy"] == {} and row["held_out_loss"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens are few")
