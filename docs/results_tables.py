@@ -212,7 +212,7 @@ def levers(raw: Raw) -> str:
             ", ".join(f"{name} {_brief(value)}" for name, value in _differing(row).items()) or "–",
             f"{row['converted_held_out_loss']:.3f}" if "converted_held_out_loss" in row else "–",
             f"{row['held_out_loss']:.4f}",
-            f"{sum(row['accuracy'].values()) / len(row['accuracy']):.1f}",
+            f"{sum(asked) / len(asked):.1f}" if (asked := row["accuracy"].values()) else "–",
         )
         for row in raw["rows"]
     ]
