@@ -95,7 +95,7 @@ def real_text(*names: str) -> str:
         skipping = f"{exact}, skip_mass {raw['settings']['skip_mass']}"
         errors = [row["contenders"][one]["relative_error"] for one in (skipping, "base sdpa flash")]
         cells = (
-            raw["settings"]["models"]["model"].partition("-Instruct")[0],
+            raw["settings"]["models"]["model"].replace("-dequantised-", ", de-quantised "),
             f"{raw['settings']['batch_size']} × {row['length']:,}",
             f"{row['contenders'][base]['median_ms']:.1f}",
             f"{row['ratios'][exact]:.3f}",
