@@ -62,6 +62,7 @@ FAMILIES = (
             "reproduce_smollm2_by_loss.json": tables.reproduce,  # the main table first
             "reproduce_*.json": tables.reproduce,
             "reproduce_*.txt": None,
+            "trained_*.json": None,
             "explore_*.json": tables.levers,
         },
     ),

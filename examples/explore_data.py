@@ -89,7 +89,7 @@ def load_questions(names: list[str], tokenizer: PreTrainedTokenizerBase, data_di
         rows, characters, choices, right = [], [], [], []
         for doc in task.eval_docs:
             prompt, answers = task.doc_to_text(doc), task.doc_to_choice(doc)
-            rows += [encode_answer(tokenizer, prompt, text) for text in answers]
+            rows += encode_answers(tokenizer, prompt, answers)
             characters += map(len, answers)
             choices.append(len(answers))
             right.append(int(task.doc_to_target(doc)))
@@ -98,7 +98,10 @@ def load_questions(names: list[str], tokenizer: PreTrainedTokenizerBase, data_di
     return found
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], int]:
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
+) -> list[tuple[list[int], int]]:
     """Tokens of both, and where the answer starts: as in training, with the token that is joined with the prompt."""
-    ids = tokenizer(prompt + answer)["input_ids"]
-    return ids, common_prefix(tokenizer(prompt)["input_ids"], ids)
+    before = tokenizer(prompt)["input_ids"]
+    encoded = [tokenizer(prompt + answer)["input_ids"] for answer in answers]
+    return [(ids, common_prefix(before, ids)) for ids in encoded]

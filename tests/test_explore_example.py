@@ -20,7 +20,7 @@ from word_tokenizer import WORDS, word_tokenizer
 pytest.importorskip("lm_eval")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as `python examples/explore_recipe.py` has it
-from explore_data import encode_answer  # noqa: E402
+from explore_data import encode_answers  # noqa: E402
 
 LEVERS = {"explore_levers.json": {0, 6, 12}, "explore_levers_qwen.json": {0, 5, 10}}  # by numbers of followers
 EXAMPLE = runpy.run_path(str(EXAMPLES / "explore_recipe.py"))
@@ -186,7 +186,7 @@ def test_rows_that_cannot_be_run_are_refused(options, words):
 )
 def test_an_answer_begins_with_the_token_that_is_joined_with_the_prompt(prompt, answer, expected):
     joining = Tokenizer(BPE(vocab={"</s>": 0, "a": 1, ":": 2, "r": 3, "s": 4, ":r": 5}, merges=[(":", "r")]))
-    assert encode_answer(PreTrainedTokenizerFast(tokenizer_object=joining), prompt, answer) == expected
+    assert encode_answers(PreTrainedTokenizerFast(tokenizer_object=joining), prompt, [answer]) == [expected]
 
 
 @pytest.mark.parametrize("name", LEVERS)
