@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -143,7 +143,9 @@ def _fused(
         "causal": getattr(module, "is_causal", True) if causal is None else causal,
         "configured": configured,
         "once": handover.once,
+        "leader": module,
         "followers": handover.followers or _followers(config, module.layer_idx),
+        "back_end": partial(call_back_end, module, query, key, value, mask, **kwargs),
     }
     return lead(query, key, value, mask, **options)
 

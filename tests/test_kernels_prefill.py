@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from unittest.mock import create_autospec
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from peft_uniattn.kernels import naive
 
@@ -23,7 +25,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 from peft_uniattn import kernels  # noqa: E402
 from peft_uniattn.bench import prefill_attention as bench  # noqa: E402
-from peft_uniattn.kernels import prefill, prefill_launch  # noqa: E402
+from peft_uniattn.kernels import prefill, prefill_launch, timing  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter has no bfloat16.
@@ -275,15 +277,28 @@ def test_a_chunk_is_recognised_by_its_mask():
     assert dispatched((query, key, value), mask, mode="auto") is None
 
 
-def test_of_itself_a_chunk_is_led_where_it_sees_enough(monkeypatch):
-    monkeypatch.setattr(kernels, "_WORTH_SKIPPING", ((128, 1),))
+@pytest.fixture
+def timed(monkeypatch):
+    """Has prompts of 128 tokens tried, and its value in place of what one layer takes."""
+    monkeypatch.setattr(kernels, "_WORTH_TRYING", 128)
     monkeypatch.setattr(kernels, "_WORTH_WEIGHING", 30)
+    monkeypatch.setattr(kernels, "_trials", timing.Trials())
+    times = [timing.Times(10.0, 11.0, 12.0)]
+    monkeypatch.setattr(timing, "measure", lambda *contenders: times[0])
+    return times
+
+
+def tried(states, mask=None, **options):
+    options = {"leader": torch.nn.Identity(), "followers": 3, "back_end": lambda: None, **options}
+    return dispatched(states, mask, mode="auto", **options)
+
+
+def test_of_itself_a_chunk_is_led_where_it_sees_enough(timed):
     query, key, value, _ = chunk(inputs(1, 1, 1), 30)
     states = query, key, value
-    assert dispatched(states, causal_mask(30, 150, 120, batch=1), mode="auto") is not None
-    assert dispatched(states, causal_mask(30, 150, 97, batch=1), mode="auto") is None  # 127 positions are filled
-    assert dispatched((query[:, :, :29], key, value), causal_mask(29, 150, 121, batch=1), mode="auto") is None
-    monkeypatch.setattr(kernels, "_TIMED_HEAD_DIM", 8)
+    assert tried(states, causal_mask(30, 150, 120, batch=1)) is not None
+    assert tried(states, causal_mask(30, 150, 97, batch=1)) is None  # 127 positions are filled
+    assert tried((query[:, :, :29], key, value), causal_mask(29, 150, 121, batch=1)) is None
     assert dispatched(states, causal_mask(30, 150, 120, batch=1), mode="auto") is None
 
 
@@ -297,18 +312,51 @@ def test_the_share_of_tiles_that_followers_recompute(queries):
     assert everything._replace(count=count).kept_share() == pytest.approx(0.5)
 
 
-def test_where_most_tiles_count_followers_keep_to_their_back_end(monkeypatch):
-    monkeypatch.setattr(kernels, "_WORTH_SKIPPING", ((128, 1),))
-    monkeypatch.setattr(kernels, "_WORTH_WEIGHING", 30)
-    states = inputs(1, 1, 1)[:3]
-    monkeypatch.setattr(prefill.SharedTiles, "kept_share", lambda shared: 0.81)
-    output, shared = dispatched(states, None, mode="auto")
+def test_where_most_tiles_count_followers_keep_to_their_back_end(timed, monkeypatch):
+    states, leader = inputs(1, 1, 1)[:3], torch.nn.Identity()
+    monkeypatch.setattr(prefill.SharedTiles, "kept_share", lambda shared: 0.84)  # 10.1 of 10 ms
+    output, shared = tried(states, leader=leader)
     assert shared is None
     exact, meant = dispatched(states, None)
     assert torch.equal(output, exact)
     assert meant is not None
-    monkeypatch.setattr(prefill.SharedTiles, "kept_share", lambda shared: 0.8)
-    assert dispatched(states, None, mode="auto")[1] is not None
+    assert tried(states, leader=leader) is None
+    monkeypatch.setattr(prefill.SharedTiles, "kept_share", lambda shared: 0.83)
+    assert tried(states)[1] is not None
+
+
+def test_what_a_layer_takes_is_timed_on_the_spot():
+    query, key, value, _ = inputs(1, 1, 1)
+    fused = create_autospec(lambda: None)
+    times = timing.measure(value, fused, lambda: prefill.leader_prefill(query, key, value, skip_mass=0.1))
+    assert fused.call_count == 1 + timing._ROUNDS
+    assert times.fused < times.weighing
+    assert times.recomputing > 0
+
+
+@pytest.mark.gpu
+def test_of_itself_a_long_prompt_skips_where_its_followers_gain(monkeypatch):
+    monkeypatch.setattr(kernels, "_trials", timing.Trials())
+    size = {"batch": 1, "query_heads": 32, "kv_heads": 8, "length": 16384, "head_dim": 128}
+
+    def leading(states, leader):
+        back_end = partial(scaled_dot_product_attention, *states, is_causal=True, enable_gqa=True)
+        return tried(states, leader=leader, followers=12, back_end=back_end)
+
+    *states, value = concentrated(128, **size)
+    output, shared = leading(states, torch.nn.Identity())
+    (times,) = kernels._trials._times.values()
+    assert times.fused < times.weighing
+    assert times.saved(12, shared.kept_share()) > 0
+    exact = scaled_dot_product_attention(*states, is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert error(output, exact) < 2 * TOLERANCE[DTYPE]
+    assert shared.apply(value).isfinite().all()
+
+    *states, _ = inputs(**size)
+    everywhere = torch.nn.Identity()
+    assert leading(states, everywhere)[1] is None
+    assert leading(states, everywhere) is None
+    assert len(kernels._trials._times) == 1
 
 
 def chosen(query, key, value, mask=None, skip_mass=0.1, mode="triton"):
@@ -439,7 +487,7 @@ def test_tiles_are_stored_within_the_budget_and_where_they_pay(tiles_kept, monke
     monkeypatch.setattr(kernels, "_WORTH_STORING", ((70, 9),))
     assert stores("auto", 9)
     assert not stores("auto", 8)
-    monkeypatch.setattr(kernels, "_TIMED_HEAD_DIM", 8)
+    monkeypatch.setattr(kernels, "_STORED_HEAD_DIM", 8)
     assert not stores("auto", 9)
 
 

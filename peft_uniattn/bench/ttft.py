@@ -172,9 +172,11 @@ class TtftBenchmark:
         for name in names:
             if name not in fast:
                 continue
-            options = {"kernels": "triton", "skip_mass": self.skip_mass, "kept": self.kept}
             what = f"skip_mass {self.skip_mass}" if self.kept is None else f"simulated kept {self.kept}"
-            contenders.append(Contender(f"unified {name}, {what}", self._forward(unified, ids, name, **options)))
+            for kernels, suffix in (("triton", ""), ("auto", ", auto")):
+                options = {"kernels": kernels, "skip_mass": self.skip_mass, "kept": self.kept}
+                forward = self._forward(unified, ids, name, **options)
+                contenders.append(Contender(f"unified {name}, {what}{suffix}", forward))
         return contenders
 
     def _forward(

@@ -19,30 +19,25 @@ from typing import Any
 
 import torch
 
+from .timing import Trials, size_of
+
 MODES = ("auto", "off", "triton")
 
 # Launched one by one from Python, a kernel costs the host more than PyTorch's operators (measured: 50 us for a leader,
 # 64 us for a follower). Without a compiled graph, that is lost where the values are smaller than this many bytes.
 _WORTH_LAUNCHING = 256 * 2**20
 
-# (length, followers): from which length on so many followers of one leader save more than weighing the tiles costs.
-# Measured at a head_dim of 128: weighing costs 0.47 ms a layer at 8k and 6.25 at 32k; a follower that keeps all tiles
-# is slower than fused attention (1.09 for 0.90 ms, 16.8 for 14.7), one that keeps 40 % takes 0.52 and 6.8 ms. What
-# has to be kept of real text for 1 % of the mass depends on the model; these are for the one of two that kept more:
-# 81 % at 8k (nothing to be saved), 75 % at 16k and 73 % at 32k. Longer texts were not measured.
-_WORTH_SKIPPING = ((16384, 5), (32768, 3))
-# A follower that recomputes a larger share of the tiles is no faster than fused attention: by the same times, it
-# breaks even at 0.80 of the tiles at 8k and at 0.87 at 32k.
-_WORTH_RECOMPUTING = 0.8
+# Of shorter prompts real text has to keep too much: 81 % of the tiles at 8k, for 1 % of the mass, by the one of two
+# models that kept more; and at that, no number of followers makes up for the weighing. From here on it is timed.
+_WORTH_TRYING = 16384
 # Fewer queries do not fill a GPU.
 _WORTH_WEIGHING = 1024
 # (length, followers): from which length on so many followers gain more by streaming stored tiles of s than it costs to
 # store them. At 32k, that is 3.4 ms each for 13.6 ms by the profile of a whole model, which with 12 gained 21 of the
 # 27 ms that follow; fewer than 12 were not measured.
 _WORTH_STORING = ((32768, 9),)
-# With 256, keeping 75 % of the tiles, weighing pays from 5 followers on at 16k (6.0 for 3.4 ms, a follower 2.7), but
-# only from 6 at 32k (24.5 for 12.3 ms, a follower 10.0). Storing the tiles of such heads has not been timed.
-_TIMED_HEAD_DIM = 128
+# Storing the tiles of wider heads has not been timed.
+_STORED_HEAD_DIM = 128
 
 
 def use(mode: str | None) -> None:
@@ -110,7 +105,9 @@ def lead(
     causal: bool,
     configured: tuple[str | None, float] = (None, 0.0),
     once: Callable[[Callable, torch.Tensor], Any] = lambda function, tensor: function(tensor),
+    leader: Any = None,
     followers: int = 1,
+    back_end: Callable[[], Any] | None = None,
 ) -> tuple[torch.Tensor, Any] | None:
     """
     A leader's attention without autograd by fused kernels.
@@ -122,7 +119,10 @@ def lead(
         causal: whether, of several queries without a mask, query i sees the keys 0 ... i, rather than all.
         configured: mode and skip_mass of the model's configuration.
         once: calls a function of the mask, or returns what it gave for the same mask earlier in this forward pass.
+        leader: the attention module whose softmax this is.
         followers: how many layers share this leader's softmax.
+        back_end: computes the same by the model's own back end, to be timed against; without it, nothing skips unless
+            the mode insists.
 
     Returns:
         output (batch, query length, query heads, head_dim) and the shared softmax, whose `apply(value)` gives a
@@ -142,13 +142,20 @@ def lead(
     if not configured[1]:
         storing = storing_kernels(query, key, value, mask, mode, followers)
         return None if storing is None else storing.leader_stored(query, key, value, scaling=scaling)
-    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode, followers)) is None:
+    if (prefill := prefill_kernels(query, key, value, mask, configured[1], mode)) is None:
         return None
-    offset = 0 if mask is None else once(prefill.causal_offset, mask)
-    if offset is None or (mode == "auto" and not _pays(offset + query.shape[2], followers)):
+    if (offset := 0 if mask is None else once(prefill.causal_offset, mask)) is None:
         return None
-    output, shared = prefill.leader_prefill(query, key, value, offset=offset, scaling=scaling, skip_mass=configured[1])
-    return output, None if mode == "auto" and shared.kept_share() > _WORTH_RECOMPUTING else shared
+
+    def weighing() -> tuple[torch.Tensor, Any]:
+        return prefill.leader_prefill(query, key, value, offset=offset, scaling=scaling, skip_mass=configured[1])
+
+    if mode == "triton":
+        return weighing()
+    if (visible := offset + query.shape[2]) < _WORTH_TRYING or back_end is None:
+        return None
+    size = size_of(query, key, visible, configured[1])
+    return _trials.lead(leader, size, followers, value, back_end, weighing)
 
 
 def decode_kernels(
@@ -180,14 +187,12 @@ def prefill_kernels(
     mask: torch.Tensor | None,
     skip_mass: float,
     mode: str | None = None,
-    followers: int = 1,
 ) -> ModuleType | None:
     """
     What may let the followers of a prompt, or of a chunk of one, skip tiles: the module `prefill`, or None.
 
     Without skipping there is none: a follower's recomputation by the model's own fused attention was the fastest at
-    every length that was measured. Nor with so few followers at so short a length that weighing the tiles would take
-    longer than they save.
+    every length that was measured. Nor for prompts so short that weighing their tiles takes longer than it saves.
 
     Args: see `lead`; `mode` defaults to this process's. Judged by shapes and types: of a mask, the values decide.
     """
@@ -195,7 +200,7 @@ def prefill_kernels(
     if mode == "off" or not skip_mass or torch.compiler.is_compiling() or not _importable(mode):
         return None
     if mode == "auto" and (
-        not _pays(key.shape[2], followers) or query.shape[2] < _WORTH_WEIGHING or query.shape[3] > _TIMED_HEAD_DIM
+        key.shape[2] < _WORTH_TRYING or query.shape[2] < _WORTH_WEIGHING or _is_capturing(query.device)
     ):
         return None
     from . import prefill
@@ -225,7 +230,7 @@ def storing_kernels(
         return None
     if mode == "auto" and (
         not any(length >= least and followers >= few for least, few in _WORTH_STORING)
-        or query.shape[3] > _TIMED_HEAD_DIM
+        or query.shape[3] > _STORED_HEAD_DIM
     ):
         return None
     from . import prefill
@@ -233,9 +238,9 @@ def storing_kernels(
     return prefill if prefill.supports(query, key, value) else None
 
 
-def _pays(length: int, followers: int) -> bool:
-    """Whether so many followers of a prompt of so many visible positions save more than weighing its tiles costs."""
-    return any(length >= least and followers >= few for least, few in _WORTH_SKIPPING)
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being made, in which nothing can be timed or read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.assume_constant_result
@@ -254,5 +259,6 @@ def _import_decode(mode: str) -> bool:
     return True
 
 
+_trials = Trials()
 use(os.environ.get("UNIATTN_KERNELS") or None)
 keep_tiles(os.environ.get("UNIATTN_TILES_GIB") or 0)
