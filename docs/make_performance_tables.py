@@ -8,6 +8,13 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+GPUS = "h200", "h100"
+SIMULATED = (
+    "ttft_32k_auto_superblock_4_h200.json",
+    "ttft_32k_auto_superblock_13_h200.json",
+    "ttft_128k_whole_h200.json",
+    "ttft_128k_chunked_h200.json",
+)
 
 
 def decode(name: str = "decode_h100.json") -> str:
@@ -84,26 +91,58 @@ def stored_tiles(name: str = "ttft_32k_tiles_h100.json") -> str:
 def real_text(*names: str) -> str:
     """Time to the first token of real checkpoints on a real text, and what skipping changes in the logits."""
     lines = [
-        "| checkpoint | prompts × tokens | base, ms | exact | skipping "
+        "| checkpoint | GPU | prompts × tokens | base, ms | exact | skipping | `auto` "
         "| relative error of skipping; of another back end |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    names = names or ("ttft_real_text_smollm2_h200.json", "ttft_real_text_qwen_h200.json")
+    names = names or ("ttft_real_text_smollm2_h200.json", *(f"ttft_real_text_qwen_{gpu}.json" for gpu in GPUS))
     for raw, row in ((loaded, row) for loaded in map(_load, names) for row in loaded["lengths"]):
-        base = row["ratios"]["fastest_base"]
-        exact = f"unified {base.removeprefix('base ')}"
-        skipping = f"{exact}, skip_mass {raw['settings']['skip_mass']}"
+        skipping, ratios = _skipping(raw, row)
         errors = [row["contenders"][one]["relative_error"] for one in (skipping, "base sdpa flash")]
         cells = (
             raw["settings"]["models"]["model"].replace("-dequantised-", ", de-quantised "),
+            raw["conditions"]["device"].split()[1],
             f"{raw['settings']['batch_size']} × {row['length']:,}",
-            f"{row['contenders'][base]['median_ms']:.1f}",
-            f"{row['ratios'][exact]:.3f}",
-            f"{row['ratios'][skipping]:.3f}",
+            f"{row['contenders'][row['ratios']['fastest_base']]['median_ms']:.1f}",
+            *ratios,
             f"{errors[0]:.3f}; {errors[1]:.3f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def simulated(*names: str) -> str:
+    """Time to the first token where followers keep a share of the tiles, chosen at random."""
+    lines = [
+        "| prompt | at once | Superblocks of | kept | base, ms | exact | skipping | `auto` "
+        "| peak GiB, base and skipping |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for raw, row in ((loaded, row) for loaded in map(_load, names or SIMULATED) for row in loaded["lengths"]):
+        skipping, ratios = _skipping(raw, row)
+        base = row["contenders"][row["ratios"]["fastest_base"]]
+        peaks = (one["peak_memory_bytes"] / 2**30 for one in (base, row["contenders"][skipping]))
+        cells = (
+            f"{row['length']:,} tokens",
+            f"{raw['settings']['chunk'] or row['length']:,}",
+            str(raw["settings"]["models"]["superblock_size"]),
+            str(raw["settings"]["kept"]),
+            f"{base['median_ms']:.1f}",
+            *ratios,
+            ", ".join(f"{peak:.1f}" for peak in peaks),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _skipping(raw: dict, row: dict) -> tuple[str, list[str]]:
+    """The contender that always skips, and shares of the fastest base's time: exact, it, and where `auto` chooses."""
+    settings, ratios = raw["settings"], row["ratios"]
+    exact = f"unified {ratios['fastest_base'].removeprefix('base ')}"
+    how = "skip_mass {skip_mass}" if settings["kept"] is None else "simulated kept {kept}"
+    skipping = f"{exact}, {how.format(**settings)}"
+    shares = (ratios.get(one) for one in (exact, skipping, f"{skipping}, auto"))
+    return skipping, ["–" if share is None else f"{share:.3f}" for share in shares]
 
 
 def one_layer(name: str = "decode_attention_h100.json") -> str:
@@ -158,4 +197,4 @@ def _load(name: str) -> dict:
 
 if __name__ == "__main__":
     decoding = decode(), decode("decode_compiled_h100.json"), beyond_bytes(), one_layer()
-    print(*decoding, first_token(), stored_tiles(), real_text(), training(), sep="\n\n")
+    print(*decoding, first_token(), stored_tiles(), real_text(), simulated(), training(), sep="\n\n")

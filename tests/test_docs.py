@@ -52,6 +52,7 @@ def test_links_to_files_and_headings_lead_somewhere(page):
         ("first_token", ()),
         ("stored_tiles", ()),
         ("real_text", ()),
+        ("simulated", ()),
         ("training", ()),
     ],
 )

@@ -2,13 +2,12 @@
 Whether skipping pays: timed on the GPU at hand, at the first prompt of a size.
 
 No table could say it. What skipping gains is the difference between two kernels that are nearly equally fast, and by
-that an H200 turns out differently from an H100 (docs/results/LOG.md).
+that two GPUs of one kind turn out differently (docs/results/LOG.md).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Hashable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROUNDS = 2
+# So long each way runs before it is timed, and while it is: inside a model, cuDNN's attention seems to take some 15 %
+# longer than in a burst, and the kernels here do not (docs/results/LOG.md).
+_SECONDS = 0.1
 
 
 class Times(NamedTuple):
@@ -33,7 +34,7 @@ class Times(NamedTuple):
         fused: ms by the model's own back end.
         weighing: ms of a leader that weighs its tiles and selects among them.
         recomputing: ms of a follower that recomputes every tile. For a share of them it takes about that share, at
-            8k to 32k tokens within 0.1 of it (docs/results/prefill_attention_*.json).
+            8k to 32k tokens within 0.15 of it (docs/results/prefill_attention_*.json).
     """
 
     fused: float
@@ -105,22 +106,30 @@ def size_of(query: torch.Tensor, key: torch.Tensor, visible: int, skip_mass: flo
 def measure(
     value: torch.Tensor, fused: Callable[[], Any], weighing: Callable[[], tuple[torch.Tensor, SharedTiles]]
 ) -> Times:
-    """Times of one layer, of a follower at the share of tiles that this prompt keeps; waits for the device."""
+    """
+    Times of one layer, of a follower at the share of tiles that this prompt keeps. Waits for the device, in all for
+    about 0.6 s or, where that is longer, 12 runs.
+    """
     _, shared = weighing()
     follower = _milliseconds(lambda: shared.apply(value), value.device) / shared.kept_share()
     return Times(_milliseconds(fused, value.device), _milliseconds(weighing, value.device), follower)
 
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The least of a few runs, the first of which may compile."""
-    best = math.inf
-    for _ in range(1 + _ROUNDS):
-        _wait(device)
-        start = perf_counter()
+    """Of one run among many without a pause."""
+    run()  # may compile
+    many = max(1, round(_SECONDS / _seconds(run, 1, device)))
+    _seconds(run, many, device)
+    return 1e3 * _seconds(run, many, device) / many
+
+
+def _seconds(run: Callable[[], Any], times: int, device: torch.device) -> float:
+    _wait(device)
+    start = perf_counter()
+    for _ in range(times):
         run()
-        _wait(device)
-        best = min(best, perf_counter() - start)
-    return 1e3 * best
+    _wait(device)
+    return perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
