@@ -47,7 +47,11 @@ LLMDROP = {
     },
 }
 # Four tenths of the layers follow.
-FOR_REPRODUCE = {"smollm2-135m/choices.yaml": 12, "smollm2-135m/medical.yaml": 12, "qwen2.5-0.5b/choices.yaml": 10}
+FOR_REPRODUCE = {
+    f"{model}/{data}.yaml": followers
+    for model, followers in {"smollm2-135m": 12, "qwen2.5-0.5b": 10}.items()
+    for data in ("choices", "medical")
+}
 DATA = {"pmc": ["axiong/pmc_llama_instructions"], "tulu3": ["allenai/tulu-3-sft-mixture"]}
 # The published shapes: name on the Hub, configuration, number of parameters.
 SHAPES = {
