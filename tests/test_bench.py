@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
+from itertools import groupby
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from recipe_runs import write_inputs
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from peft_uniattn.bench import contenders
 from peft_uniattn.bench.contenders import Contender, Models, medians
 from peft_uniattn.bench.decode import DecodeBenchmark, random_cache, shared_cache, without_masks
 from peft_uniattn.bench.memory import MemoryBenchmark
@@ -229,6 +232,18 @@ def test_contenders_take_turns_in_changing_order():
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 2
     assert times.keys() == {"a", "b", "c"}
+
+
+def test_contenders_run_for_a_while_before_their_turn(monkeypatch):
+    now, seen = [0.0], []
+
+    def run(name):
+        seen.append(name)
+        now[0] += 1.0
+
+    monkeypatch.setattr(contenders, "perf_counter", lambda: now[0])
+    medians({name: partial(run, name) for name in "ab"}, torch.device("cpu"), 1, load=2.5)
+    assert ["".join(group) for _, group in groupby(seen)] in (["aaaa", "bbbb"], ["bbbb", "aaaa"])
 
 
 def test_every_contender_shows_what_it_achieved_and_took(capsys, monkeypatch):

@@ -171,18 +171,24 @@ def _without_refusals() -> Iterator[None]:
         yield
 
 
-def medians(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+def medians(
+    runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int, load: float = 0.0
+) -> dict[str, dict[str, float]]:
     """
     Median and quartiles of the milliseconds of each run; each has run before.
 
     All take turns, in another order every round: what ran just before heats or cools a GPU, and a contender that
-    always followed a slow one was seen to be 5 % faster.
+    always followed a slow one was seen to be 5 % faster. Before its turn each runs for `load` seconds: a kernel that a
+    GPU has to lower its clock for takes longer inside a model than alone.
     """
     times = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
+            until = perf_counter() + load
+            while perf_counter() < until:
+                milliseconds(runs[name], device)
             times[name].append(milliseconds(runs[name], device))
     return {name: _spread(values) for name, values in times.items()}
 

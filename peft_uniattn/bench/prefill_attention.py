@@ -50,15 +50,16 @@ def main(
     head_dim: Annotated[int, typer.Option(min=16)] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 20,
     stored: Annotated[bool, typer.Option(help="Also store tiles of s, which takes 34 GB at 32k tokens.")] = True,
+    load: Annotated[float, typer.Option(help="Seconds that each contender runs before it is timed.", min=0)] = 0.1,
 ) -> None:
     """Time prefill attention of one layer. Defaults: the attention of Llama-3.1-8B at two lengths."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("this benchmark needs a CUDA device")
     device = torch.device("cuda")
     result = {"benchmark": "prefill_attention", "conditions": conditions(device), "kept": kept, "rounds": rounds}
-    result |= {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "lengths": []}
+    result |= {"load": load, "query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "lengths": []}
     for one in length:
-        row = measure(one, kept, query_heads, kv_heads, head_dim, rounds, stored, device)
+        row = measure(one, kept, query_heads, kv_heads, head_dim, rounds, stored, device, load=load)
         result["lengths"].append(row)
         print(f"{row['length']} tokens")
         for name, entry in row["contenders"].items():
@@ -79,6 +80,7 @@ def measure(
     stored: bool,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
+    load: float = 0.0,
 ) -> dict:
     """Errors and times of one length."""
     generator = torch.Generator(device).manual_seed(0)
@@ -90,16 +92,16 @@ def measure(
     scaling = head_dim**-0.5
     expected, denominator, maxima = launch.lead(*states, scaling)
     share = _random_share(maxima, kept, generator)
-    rows = _timed(_computed(states, denominator, maxima, scaling, share, kept), expected, rounds)
+    rows = _timed(_computed(states, denominator, maxima, scaling, share, kept), expected, rounds, load)
     for tiles in kinds_of_tiles(head_dim, dtype) if stored else ():
         # One kind after the other: two do not fit into a GPU's memory.
         held: list[torch.Tensor] = []
-        rows |= _timed(_stored(states, denominator, scaling, tiles, share, kept, held), expected, rounds)
+        rows |= _timed(_stored(states, denominator, scaling, tiles, share, kept, held), expected, rounds, load)
         held.clear()
     return {"length": length, "contenders": rows, "followers_to_pay": followers_to_pay(rows, kept)}
 
 
-def _timed(contenders: dict[str, Contender], expected: torch.Tensor, rounds: int) -> dict[str, dict]:
+def _timed(contenders: dict[str, Contender], expected: torch.Tensor, rounds: int, load: float) -> dict[str, dict]:
     """Errors, and the times of those that are right, in turns; those that do not run say why."""
     rows, green = {}, {}
     for name, (run, gate) in contenders.items():
@@ -112,7 +114,7 @@ def _timed(contenders: dict[str, Contender], expected: torch.Tensor, rounds: int
         rows[name] = {"relative_error": error}
         if gate is None or error < gate:
             green[name] = run
-    for name, times in medians(green, expected.device, rounds).items():
+    for name, times in medians(green, expected.device, rounds, load).items():
         rows[name] |= times
     return rows
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# So long each way runs before it is timed, and while it is: inside a model, cuDNN's attention seems to take some 15 %
-# longer than in a burst, and the kernels here do not (docs/results/LOG.md).
+# So long each way runs before it is timed, and while it is: as in a model. At 32k tokens cuDNN takes 13.2 ms once, and
+# 15 each of 13 times in a row; the kernels here slow down less (docs/results/prefill_attention_32k_h200.json).
 _SECONDS = 0.1
 
 
@@ -108,7 +108,7 @@ def measure(
 ) -> Times:
     """
     Times of one layer, of a follower at the share of tiles that this prompt keeps. Waits for the device, in all for
-    about 0.6 s or, where that is longer, 12 runs.
+    about 0.6 s or, where that is longer, 13 runs.
     """
     _, shared = weighing()
     follower = _milliseconds(lambda: shared.apply(value), value.device) / shared.kept_share()
