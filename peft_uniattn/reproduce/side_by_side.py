@@ -52,14 +52,17 @@ def side_by_side(work: Sequence[Work], run: Run, jobs: int) -> Iterator[list[Cel
                     failed.append(rows[row])
         finally:
             pool.shutdown(cancel_futures=True)
-    errors = []
+    errors = {}
     for group, seed in failed:
         try:
             yield run_apart(devices, 1, run, group, seed)
         except RuntimeError as error:
-            errors.append(str(error))
+            errors[f"{group[0].name}-{seed}"] = str(error)
     if errors:
-        raise RuntimeError(f"{'; '.join(errors)}. The same command tries again what is missing")
+        raise RuntimeError(
+            f"{'; '.join(errors.values())}. The same command tries again what is missing, and goes on where it "
+            f"stopped; to begin anew, remove {', '.join(errors)} in the output folder first"
+        )
 
 
 def visible_devices() -> list[str]:
