@@ -56,8 +56,8 @@ FAMILIES = (
         "quality",
         "Quality after training",
         "`peft-uniattn reproduce`: the base, plain post-training, UniAttn and its rivals, on the same data for as "
-        "many steps ([evaluation](../evaluation.md)); and `examples/explore_recipe.py` and `examples/match_heads.py`: "
-        "short runs, one lever each.",
+        "many steps ([evaluation](../evaluation.md)); and `explore_recipe.py`, `match_heads.py` and `share_heads.py` "
+        "of the examples: short runs, one lever each.",
         {
             "reproduce_smollm2_by_loss.json": tables.reproduce,  # the main table first
             "reproduce_*.json": tables.reproduce,

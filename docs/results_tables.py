@@ -205,7 +205,7 @@ def distillation(raw: Raw) -> str:
 
 
 def levers(raw: Raw) -> str:
-    """Rows of `examples/explore_recipe.py` and `examples/match_heads.py`, which may choose Superblocks."""
+    """Rows of `examples/explore_recipe.py`, or of `match_heads.py` or `share_heads.py`, which choose what follows."""
     lines = [
         (
             row["name"],
@@ -237,13 +237,14 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _differing(row: Raw) -> Raw:
-    """The options of a row, and the Superblocks where they were chosen."""
-    chosen = row.get("superblocks")
-    return row["options"] | ({"superblocks": chosen} if chosen else {})
+    """The options of a row, and what follows where that was chosen."""
+    return row["options"] | {name: row[name] for name in ("superblocks", "heads") if row.get(name)}
 
 
 def _brief(value: Any) -> str:
-    """Superblocks by their first and last layers, everything else as it is."""
+    """Superblocks by their first and last layers, heads by their layer, everything else as it is."""
+    if isinstance(value, dict):
+        return " ".join(f"{layer}:{'/'.join(map(str, heads))}" for layer, heads in value.items())
     if isinstance(value, list):
         return " ".join(f"{part[0]}-{part[-1]}" if isinstance(part, list) else str(part) for part in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
