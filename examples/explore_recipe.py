@@ -22,7 +22,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -379,6 +379,34 @@ def finished(output: Path, settings: dict[str, object], planned: list[Row]) -> d
     return done
 
 
+def described(settings: dict[str, object]) -> dict[str, object]:
+    """The settings of a result, with the command, what it ran on, and the date."""
+    where = {"command": shlex.join(["python", *sys.argv]), "conditions": conditions(DEVICE)}
+    return {**where, **settings, "date": datetime.date.today().isoformat()}
+
+
+def load(
+    model: str,
+    data_dir: Path,
+    training_files: list[str],
+    tasks: Sequence[str],
+    held_out_examples: int,
+    seed: int,
+    *,
+    with_accuracy: bool = True,
+    attention: str = "sdpa",
+) -> tuple[PreTrainedModel, Examples, Examples, dict[str, Questions]]:
+    """The base in float32, examples to train on and held out, and questions by task; everything random is seeded."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = task_questions(list(tasks), data_dir=data_dir)
+    data, held_out = training_examples(training_files, tokenizer, held_out_examples, seed, asked)
+    questions = load_questions(list(tasks), tokenizer, data_dir) if with_accuracy else {}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=attention).to(DEVICE)
+    return base.eval().requires_grad_(False), data, held_out, questions
+
+
 def main(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a small Llama-like model.")],
     rows: Annotated[Path, typer.Argument(help="JSON list of what to run.")],
@@ -402,17 +430,10 @@ def main(
     planned = [Row(**{**defaults, **options}) for options in json.loads(rows.read_text())]
     settings = {"model": Path(model).name, "seed": seed, "held_out_examples": held_out_examples, "tasks": list(task)}
     done = finished(output, settings, planned)
-    result = {"command": shlex.join(["python", *sys.argv]), "conditions": conditions(DEVICE), **settings}
-    result["date"] = datetime.date.today().isoformat()
-
-    torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    asked = task_questions(list(task), data_dir=data_dir)
-    data, held_out = training_examples(training_files, tokenizer, held_out_examples, seed, asked)
-    questions = load_questions(list(task), tokenizer, data_dir) if with_accuracy else {}
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
-    base.eval().requires_grad_(False)
+    result = described(settings)
+    base, data, held_out, questions = load(
+        model, data_dir, training_files, task, held_out_examples, seed, with_accuracy=with_accuracy
+    )
     for row in tqdm([row for row in planned if row.name not in done], unit="row"):
         started = time.perf_counter()
         trained, found = run(row, base, data, held_out)

@@ -11,10 +11,7 @@ post-training, which is the first row. A second call goes on where the first one
 
 from __future__ import annotations
 
-import datetime
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,14 +20,12 @@ from typing import Annotated
 
 import torch
 import typer
-from explore_data import DEVICE, Examples, load_questions, training_examples
-from explore_recipe import Row, accuracy, finished, run
+from explore_data import Examples
+from explore_recipe import Row, accuracy, described, finished, load, run
 from head_matching import KINDS, costs, heads_of, matched
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from peft_uniattn.bench.conditions import conditions
-from peft_uniattn.evaluation import task_questions
 from peft_uniattn.grouping.choose import choose
 from peft_uniattn.training.data import IGNORE
 from peft_uniattn.training.journal import write_atomically
@@ -95,17 +90,8 @@ def main(
     if all(row.name in done for row in planned):
         return
     chosen: dict[str, dict[str, list[list[int]]]] = json.loads(output.read_text())["chosen"] if done else {}
-    result = {"command": shlex.join(["python", *sys.argv]), "conditions": conditions(DEVICE), **settings}
-    result["date"] = datetime.date.today().isoformat()
-
-    torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    asked = task_questions(list(task), data_dir=data_dir)
-    data, held_out = training_examples(training_files, tokenizer, held_out_examples, seed, asked)
-    questions = load_questions(list(task), tokenizer, data_dir)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
-    base.eval().requires_grad_(False)
+    result = described(settings)
+    base, data, held_out, questions = load(model, data_dir, training_files, task, held_out_examples, seed)
 
     def trained(row: MatchedRow) -> PreTrainedModel:
         started = time.perf_counter()

@@ -12,10 +12,7 @@ Not part of the package. A second call goes on where the first one stopped, afte
 
 from __future__ import annotations
 
-import datetime
 import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,14 +21,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from explore_data import DEVICE, Examples, load_questions, training_examples
-from explore_recipe import Row, accuracy, finished, held_out_loss, run
+from explore_data import Examples
+from explore_recipe import Row, accuracy, described, finished, held_out_loss, load, run
 from tqdm.auto import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from peft_uniattn.bench.conditions import conditions
-from peft_uniattn.evaluation import task_questions
 from peft_uniattn.training.journal import write_atomically
 
 NAME = "shared_heads"  # of the attention, for `attn_implementation`
@@ -84,9 +79,11 @@ def costs(model: PreTrainedModel, data: Examples) -> tuple[dict[int, float], dic
         with sharing({layer: taken}):
             return held_out_loss(model, data) - before
 
-    layers = tqdm(range(1, model.config.num_hidden_layers), desc="choosing", unit="layer", leave=False)
-    of_heads = {(layer, group): added(layer, group) for layer in layers for group in groups}
-    return {layer: added(layer, *groups) for layer in range(1, model.config.num_hidden_layers)}, of_heads
+    of_layers, of_heads = {}, {}
+    for layer in tqdm(range(1, model.config.num_hidden_layers), desc="choosing", unit="layer", leave=False):
+        of_layers[layer] = added(layer, *groups)
+        of_heads |= {(layer, group): added(layer, group) for group in groups}
+    return of_layers, of_heads
 
 
 def cheapest(model: PreTrainedModel, data: Examples, followers: int) -> dict[str, Heads]:
@@ -126,17 +123,10 @@ def main(
     done = finished(output, settings, planned)
     if len(done) == len(planned):
         return
-    result = {"command": shlex.join(["python", *sys.argv]), "conditions": conditions(DEVICE), **settings}
-    result["date"] = datetime.date.today().isoformat()
-
-    torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    asked = task_questions(list(task), data_dir=data_dir)
-    data, held_out = training_examples(training_files, tokenizer, held_out_examples, seed, asked)
-    questions = load_questions(list(task), tokenizer, data_dir) if with_accuracy else {}
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=NAME).to(DEVICE)
-    base.eval().requires_grad_(False)
+    result = described(settings)
+    base, data, held_out, questions = load(
+        model, data_dir, training_files, task, held_out_examples, seed, with_accuracy=with_accuracy, attention=NAME
+    )
     if not 1 <= followers < base.config.num_hidden_layers:
         raise ValueError(f"followers={followers} of {base.config.num_hidden_layers} layers; use fewer")
 

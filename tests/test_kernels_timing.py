@@ -69,7 +69,8 @@ def test_saved_agrees_with_the_measured_number_of_followers_from_which_on_weighi
         times = Times(min(ms["cudnn"], ms["flash"]), weighing, ms[f"recomputing {share}"] / share)
         assert times.saved(pays - 1, share) <= 0 < times.saved(pays, share)
         # What the docstring says of shares.
-        assert ms[f"recomputing {share}"] / ms["recomputing"] == pytest.approx(share, abs=0.15)
+        within = 0.15 if result["head_dim"] == 64 else 0.1
+        assert ms[f"recomputing {share}"] / ms["recomputing"] == pytest.approx(share, abs=within)
 
 
 def test_what_counts_is_a_run_under_load(monkeypatch):

@@ -34,7 +34,7 @@ class Times(NamedTuple):
         fused: ms by the model's own back end.
         weighing: ms of a leader that weighs its tiles and selects among them.
         recomputing: ms of a follower that recomputes every tile. For a share of them it takes about that share, at
-            8k to 32k tokens within 0.15 of it (docs/results/prefill_attention_*.json).
+            8k to 32k tokens within 0.1 of it, with heads of 64 within 0.15 (docs/results/prefill_attention_*.json).
     """
 
     fused: float
