@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-GPUS = "h200", "h100"
+QWEN = "h200", "load_h200", "h100"
 SIMULATED = (
-    "ttft_32k_auto_superblock_4_h200.json",
-    "ttft_32k_auto_superblock_13_h200.json",
+    "ttft_32k_auto_load_superblock_4_h200.json",
+    "ttft_32k_auto_load_superblock_13_h200.json",
     "ttft_128k_whole_h200.json",
     "ttft_128k_chunked_h200.json",
 )
@@ -95,7 +95,7 @@ def real_text(*names: str) -> str:
         "| relative error of skipping; of another back end |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    names = names or ("ttft_real_text_smollm2_h200.json", *(f"ttft_real_text_qwen_{gpu}.json" for gpu in GPUS))
+    names = names or ("ttft_real_text_smollm2_h200.json", *(f"ttft_real_text_qwen_{run}.json" for run in QWEN))
     for raw, row in ((loaded, row) for loaded in map(_load, names) for row in loaded["lengths"]):
         skipping, ratios = _skipping(raw, row)
         errors = [row["contenders"][one]["relative_error"] for one in (skipping, "base sdpa flash")]

@@ -154,7 +154,7 @@ FAMILIES = (
 
 # How a heading of LOG.md begins -> what did not come out as hoped.
 MISSED = {
-    "Skipping that times itself": "`auto` leaves skipping out where it would gain 0.01 to 0.02 of the time; "
+    "Skipping that times itself": "timed by short runs, `auto` left skipping out where it gains 0.01 to 0.02; "
     "prompts in chunks take the base twice the time of one piece.",
     "Levers at full length": "on SmolLM2-135M nothing but more steps moves the distance to plain post-training.",
     "Skipping on real checkpoints": "the goal of 0.88 at 32k is missed on real text as well; below 16k skipping "
