@@ -23,6 +23,7 @@ from .distributed import on_main_process
 from .divergence import StopsAtDivergence
 from .loading import load_model
 from .progress import StageProgress
+from .sound_attention import sound_attention
 
 
 def make_trainer(arguments: Arguments, stage: str, **options: Any) -> SFTTrainer:
@@ -83,7 +84,8 @@ def train(
         )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(StageProgress(stage))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with sound_attention(training.device):
+        trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
