@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_uniattn.evaluation import check_contamination
 from peft_uniattn.evaluation.tasks import task_manager, task_specs
-from peft_uniattn.training.data import IGNORE, DataArguments, common_prefix, load_data
+from peft_uniattn.training.data import IGNORE, DataArguments, encode_pairs, load_data
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH, ANSWER = 96, 24  # tokens of an example, and of its answer; the few longer ones are left out
@@ -89,19 +89,10 @@ def load_questions(names: list[str], tokenizer: PreTrainedTokenizerBase, data_di
         rows, characters, choices, right = [], [], [], []
         for doc in task.eval_docs:
             prompt, answers = task.doc_to_text(doc), task.doc_to_choice(doc)
-            rows += encode_answers(tokenizer, prompt, answers)
+            rows += encode_pairs(tokenizer, [prompt] * len(answers), answers)
             characters += map(len, answers)
             choices.append(len(answers))
             right.append(int(task.doc_to_target(doc)))
         size = max(len(ids) for ids, _ in rows), max(len(ids) - start for ids, start in rows)
         found[name] = Questions(Examples.pack(rows, *size), torch.tensor(characters), choices, right)
     return found
-
-
-def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
-) -> list[tuple[list[int], int]]:
-    """Tokens of both, and where the answer starts: as in training, with the token that is joined with the prompt."""
-    before = tokenizer(prompt)["input_ids"]
-    encoded = [tokenizer(prompt + answer)["input_ids"] for answer in answers]
-    return [(ids, common_prefix(before, ids)) for ids in encoded]

@@ -47,6 +47,16 @@ def tokenizer():
     return made
 
 
+@pytest.fixture(scope="module")
+def joining(tokenizer):
+    """The same, but ":" and ">" are one token with an "n" after them, as ":no" is for Qwen2.5's tokenizer."""
+    vocabulary = {**tokenizer.get_vocab(), ":n": len(tokenizer), ">n": len(tokenizer) + 1}
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[(":", "n"), (">", "n")])
+    assert len(made("a:n>n")["input_ids"]) == 3
+    return made
+
+
 @pytest.fixture
 def load(tmp_path, tokenizer):
     """Load rows from a JSON lines file; nothing is held out unless asked for."""
@@ -116,6 +126,34 @@ class TestPrompt:
     def test_a_chat_template_joins_instruction_and_input(self, load, tokenizer):
         data = load([{"instruction": "Add.", "input": "1", "output": "A"}], prompt_style="chat")
         assert texts(data.train, tokenizer) == [("<user>Add.\n\n1<assistant>", "A</s>")]
+
+    @pytest.mark.parametrize("style", ["paper", "chat"])
+    @pytest.mark.parametrize("answer", ["no", "yes"])
+    def test_an_answer_never_changes_the_tokens_of_the_prompt(self, joining, style, answer):
+        prompt = APPENDIX_A % ("", "Q") if style == "paper" else "<user>Q<assistant>"
+        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": answer}]))
+        arguments = DataArguments(test_size=0, prompt_style=style)
+        (row,) = load_data(arguments, joining, max_length=2000, seed=0, splits=rows).train
+        answer_ids = [*joining(answer)["input_ids"], joining.eos_token_id]
+        assert row["input_ids"] == joining(prompt)["input_ids"] + answer_ids
+        assert [label for label in row["labels"] if label != -100] == answer_ids
+
+    def test_where_a_tokenizer_ends_prompts_by_itself_the_answer_still_comes_before_the_end(self, joining):
+        appending, end = copy.deepcopy(joining), joining.eos_token_id
+        template = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+        appending.backend_tokenizer.post_processor = template
+        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": "no"}]))
+        (row,) = load_data(DataArguments(test_size=0), appending, max_length=2000, seed=0, splits=rows).train
+        whole = [*joining(APPENDIX_A % ("", "Q"))["input_ids"], *joining("no")["input_ids"], end]
+        assert row["input_ids"] == whole
+
+    def test_an_answer_begins_where_a_template_writes_an_answered_prompt_in_another_way(self, tokenizer):
+        thinking = copy.deepcopy(tokenizer)
+        thinking.chat_template = CHAT.replace("<assistant>{% endif %}", "<assistant>?{% endif %}")
+        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": "A"}]))
+        arguments = DataArguments(test_size=0, prompt_style="chat")
+        data = load_data(arguments, thinking, max_length=2000, seed=0, splits=rows)
+        assert texts(data.train, tokenizer) == [("<user>Q<assistant>", "A</s>")]
 
     @pytest.mark.parametrize(("style", "missing"), [("chat", "chat_template"), ("paper", "eos_token")])
     def test_a_tokenizer_without_what_the_prompt_needs_is_refused(self, tokenizer, style, missing):

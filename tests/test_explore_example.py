@@ -12,15 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from word_tokenizer import WORDS, word_tokenizer
 
 pytest.importorskip("lm_eval")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as `python examples/explore_recipe.py` has it
-from explore_data import encode_answers  # noqa: E402
 
 LEVERS = {"explore_levers.json": {0, 6, 12}, "explore_levers_qwen.json": {0, 5, 10}}  # by numbers of followers
 EXAMPLE = runpy.run_path(str(EXAMPLES / "explore_recipe.py"))
@@ -178,15 +175,6 @@ def test_what_comes_after_the_answer_does_not_matter(inputs):
 def test_rows_that_cannot_be_run_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         EXAMPLE["Row"]("wrong", steps=4, batch_size=2, **options)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "expected"),
-    [("a:", "rs", ([1, 5, 4], 1)), ("a:", "s", ([1, 2, 4], 2)), ("a:", "r", ([1, 5], 1))],
-)
-def test_an_answer_begins_with_the_token_that_is_joined_with_the_prompt(prompt, answer, expected):
-    joining = Tokenizer(BPE(vocab={"</s>": 0, "a": 1, ":": 2, "r": 3, "s": 4, ":r": 5}, merges=[(":", "r")]))
-    assert encode_answers(PreTrainedTokenizerFast(tokenizer_object=joining), prompt, [answer]) == [expected]
 
 
 @pytest.mark.parametrize("name", LEVERS)

@@ -4,7 +4,7 @@ from .arguments import DataArguments
 from .encoding import IGNORE
 from .load import LoadedData, check_files, load_data
 from .padding import batches
-from .prompt import PAPER_PROMPT, common_prefix
+from .prompt import PAPER_PROMPT, encode_pairs
 from .report import DataReport
 from .tokenization import TokenizedData, tokenize
 
@@ -17,7 +17,7 @@ __all__ = [
     "TokenizedData",
     "batches",
     "check_files",
-    "common_prefix",
+    "encode_pairs",
     "load_data",
     "tokenize",
 ]

@@ -43,40 +43,64 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, prompt_style: str) -> No
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt_style: str) -> list[Encoded]:
-    """Tokens of examples, uncut: by the paper's prompt with an end of sequence, or by the chat template."""
+    """
+    Tokens of examples, uncut: by the paper's prompt with an end of sequence, or by the chat template.
+
+    Those of the prompt are as they are without the answer, so that training asks what generation asks. Where a
+    tokenizer would join the end of the prompt and the beginning of the answer in one token (Qwen2.5's has ":no" for
+    "### Response:" and "no"), the answer is tokenized by itself.
+    """
     if not examples:
         return []
-    encoder = _encode_paper if prompt_style == "paper" else _encode_chat
-    prompts, wholes = encoder(examples, tokenizer)
-    return [Encoded(list(whole), common_prefix(prompt, whole)) for prompt, whole in zip(prompts, wholes, strict=True)]
+    return (_encode_paper if prompt_style == "paper" else _encode_chat)(examples, tokenizer)
 
 
-def _encode_paper(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
+    """Tokens of prompts and their answers, see [`encode`]; an end of sequence follows if the tokenizer appends it."""
+    wholes = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    encoded = []
+    for prompt, whole, answer in zip(
+        tokenizer(list(prompts))["input_ids"], tokenizer(wholes)["input_ids"], answers, strict=True
+    ):
+        if prompt[-1:] == [tokenizer.eos_token_id]:  # some tokenizers append it themselves
+            prompt = prompt[:-1]
+        encoded.append(_continued(tokenizer, prompt, whole, answer))
+    return encoded
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, prompt: list[int], whole: list[int], answer: str) -> Encoded:
+    if whole[: len(prompt)] != prompt:
+        whole = [*prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
+    return Encoded(list(whole), len(prompt))
+
+
+def _encode_paper(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     prompts = [PAPER_PROMPT.format(instruction=example.instruction, input=example.input) for example in examples]
-    wholes = [prompt + example.output for prompt, example in zip(prompts, examples, strict=True)]
+    pairs = encode_pairs(tokenizer, prompts, [example.output for example in examples])
     eos = tokenizer.eos_token_id
-    whole_ids = [
-        ids if ids[-1] == eos else [*ids, eos]  # some tokenizers append it themselves
-        for ids in tokenizer(wholes)["input_ids"]
-    ]
-    return tokenizer(prompts)["input_ids"], whole_ids
+    return [Encoded(ids if ids[-1] == eos else [*ids, eos], start) for ids, start in pairs]
 
 
-def _encode_chat(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
+def _encode_chat(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     prompts = [example.prompt_messages for example in examples]
     wholes = [[*example.prompt_messages, *example.completion_messages] for example in examples]
     settings = {"tokenize": True, "return_dict": True}
-    return (
-        tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **settings)["input_ids"],
-        tokenizer.apply_chat_template(wholes, **settings)["input_ids"],
-    )
+    prompt_ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **settings)["input_ids"]
+    whole_ids = tokenizer.apply_chat_template(wholes, **settings)["input_ids"]
+    encoded = []
+    for messages, conversation, prompt, whole in zip(prompts, wholes, prompt_ids, whole_ids, strict=True):
+        if whole[: len(prompt)] == prompt:
+            encoded.append(Encoded(list(whole), len(prompt)))
+            continue
+        before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        after = tokenizer.apply_chat_template(conversation, tokenize=False)
+        if after.startswith(before):
+            encoded.append(_continued(tokenizer, prompt, whole, after.removeprefix(before)))
+        else:  # the template ends a prompt in another way once it is answered
+            encoded.append(Encoded(list(whole), _common_prefix(prompt, whole)))
+    return encoded
 
 
-def common_prefix(first: list[int], second: list[int]) -> int:
-    """How long both are alike. Tokens may merge across the boundary, so an answer starts where the two differ."""
+def _common_prefix(first: list[int], second: list[int]) -> int:
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
