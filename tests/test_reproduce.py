@@ -17,6 +17,7 @@ from peft_uniattn.grouping import choose
 from peft_uniattn.grouping.losses import LossCosts
 from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Findings, Reproduction, cells, findings
+from peft_uniattn.reproduce import cell as row
 from peft_uniattn.reproduce.cell import CellResult, Evaluation, accuracies, steps_of
 from peft_uniattn.reproduce.matrix import Cell
 from peft_uniattn.reproduce.side_by_side import run_apart, side_by_side, visible_devices
@@ -381,3 +382,11 @@ def test_a_row_that_the_tables_do_not_have_is_refused_by_name(tmp_path, data_dir
     assert outcome.exit_code == 1
     assert "'uniatn' must be one of pre-trained, post-train, llmdrop-half" in " ".join(outcome.output.split())
     assert not list((tmp_path / "out").glob("*-0.json"))
+
+
+def test_a_device_gets_back_what_training_kept_on_it_before_a_row_is_evaluated(tmp_path, data_dir, argv, monkeypatch):
+    load, events = row.load_for_evaluation, []
+    monkeypatch.setattr(row, "clear_device_cache", lambda **options: events.append("cleared"))
+    monkeypatch.setattr(row, "load_for_evaluation", lambda *args, **kw: events.append("loaded") or load(*args, **kw))
+    reproduced(tmp_path, data_dir, argv, "--rows", "post-train")
+    assert events == ["cleared", "loaded", "cleared"]

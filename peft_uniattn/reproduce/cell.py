@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..evaluation import evaluate, load_for_evaluation
 from ..training.arguments import Arguments, parse_arguments
@@ -141,6 +141,7 @@ def run_cells(
         return [CellResult.read(file) for file in files]
     folder = directory / f"{cells[0].name}-{seed}"
     trained = _train(cells[0], seed, folder, argv=argv, stage1_share=stage1_share)
+    clear_device_cache(garbage_collection=True)  # the optimizer's memory, for rows beside this one
     for cell, file in zip(cells, files, strict=True):
         if not file.exists():
             _evaluate(cell, seed, trained, evaluation).write(file)
@@ -200,8 +201,7 @@ def _evaluate(cell: Cell, seed: int, trained: _Trained, evaluation: Evaluation) 
     results = evaluate(model, tokenizer, **asdict(evaluation), h2o_budget=cell.h2o_budget)
     kv_bytes, kv_tokens = measure_kv_bytes(model, h2o_budget=cell.h2o_budget)
     del model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache()
     return CellResult(
         cell=cell.name,
         seed=seed,
