@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 
 import make_artefacts
@@ -72,12 +71,10 @@ def test_weights_come_out_of_a_stored_adapter_bit_for_bit(name, release):
 
 
 @every_release
-def test_logits_are_bit_equal_where_libraries_and_cpu_are_those_of_the_manifest(release, expected):
-    manifest = json.loads((release / "manifest.json").read_text())
-    here = {name: version(name) for name in ("torch", "transformers")}
-    here["cpu"] = torch.backends.cpu.get_cpu_capability()
-    if any(manifest[name] != value for name, value in here.items()):
-        pytest.skip(f"written with others than {here}, which may round otherwise")
+def test_logits_are_bit_equal_where_those_of_the_base_are(release, expected):
+    # Processors of one capability round otherwise too; the base, in which nothing is ours, tells.
+    if not torch.equal(logits(base_of(release), expected["input_ids"]), expected["base"]):
+        pytest.skip("this torch, transformers or CPU rounds otherwise than those of the manifest")
     for name in make_artefacts.ADAPTERS:
         model = aligned(PeftModel.from_pretrained(base_of(release), release / name))
         assert torch.equal(logits(model, expected["input_ids"]), expected[name])
