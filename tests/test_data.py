@@ -57,6 +57,23 @@ def joining(tokenizer):
     return made
 
 
+def appending(tokenizer):
+    """The same, but it appends the end of sequence itself."""
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    return made
+
+
+def encoded(tokenizer, answer, style="paper"):
+    """The tokens and labels of the question "Q" and its answer."""
+    rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": answer}]))
+    arguments = DataArguments(test_size=0, prompt_style=style)
+    (row,) = load_data(arguments, tokenizer, max_length=2000, seed=0, splits=rows).train
+    return row
+
+
 @pytest.fixture
 def load(tmp_path, tokenizer):
     """Load rows from a JSON lines file; nothing is held out unless asked for."""
@@ -107,12 +124,11 @@ class TestPrompt:
         assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
 
     def test_a_tokenizer_that_appends_the_end_of_sequence_itself_does_not_get_two(self, tokenizer):
-        appending, end = copy.deepcopy(tokenizer), tokenizer.eos_token_id
-        template = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
-        appending.backend_tokenizer.post_processor = template
-        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": "A"}]))
-        (row,) = load_data(DataArguments(test_size=0), appending, max_length=2000, seed=0, splits=rows).train
-        assert [label for label in row["labels"] if label != -100] == [*tokenizer("A")["input_ids"], end]
+        row = encoded(appending(tokenizer), "A")
+        assert [label for label in row["labels"] if label != -100] == [
+            *tokenizer("A")["input_ids"],
+            tokenizer.eos_token_id,
+        ]
 
     def test_a_chat_template_takes_the_whole_dialogue(self, load, tokenizer):
         before = [
@@ -131,29 +147,19 @@ class TestPrompt:
     @pytest.mark.parametrize("answer", ["no", "yes"])
     def test_an_answer_never_changes_the_tokens_of_the_prompt(self, joining, style, answer):
         prompt = APPENDIX_A % ("", "Q") if style == "paper" else "<user>Q<assistant>"
-        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": answer}]))
-        arguments = DataArguments(test_size=0, prompt_style=style)
-        (row,) = load_data(arguments, joining, max_length=2000, seed=0, splits=rows).train
+        row = encoded(joining, answer, style)
         answer_ids = [*joining(answer)["input_ids"], joining.eos_token_id]
         assert row["input_ids"] == joining(prompt)["input_ids"] + answer_ids
         assert [label for label in row["labels"] if label != -100] == answer_ids
 
     def test_where_a_tokenizer_ends_prompts_by_itself_the_answer_still_comes_before_the_end(self, joining):
-        appending, end = copy.deepcopy(joining), joining.eos_token_id
-        template = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
-        appending.backend_tokenizer.post_processor = template
-        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": "no"}]))
-        (row,) = load_data(DataArguments(test_size=0), appending, max_length=2000, seed=0, splits=rows).train
-        whole = [*joining(APPENDIX_A % ("", "Q"))["input_ids"], *joining("no")["input_ids"], end]
-        assert row["input_ids"] == whole
+        whole = [*joining(APPENDIX_A % ("", "Q"))["input_ids"], *joining("no")["input_ids"], joining.eos_token_id]
+        assert encoded(appending(joining), "no")["input_ids"] == whole
 
     def test_an_answer_begins_where_a_template_writes_an_answered_prompt_in_another_way(self, tokenizer):
         thinking = copy.deepcopy(tokenizer)
         thinking.chat_template = CHAT.replace("<assistant>{% endif %}", "<assistant>?{% endif %}")
-        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([{"question": "Q", "answer": "A"}]))
-        arguments = DataArguments(test_size=0, prompt_style="chat")
-        data = load_data(arguments, thinking, max_length=2000, seed=0, splits=rows)
-        assert texts(data.train, tokenizer) == [("<user>Q<assistant>", "A</s>")]
+        assert texts([encoded(thinking, "A", "chat")], tokenizer) == [("<user>Q<assistant>", "A</s>")]
 
     @pytest.mark.parametrize(("style", "missing"), [("chat", "chat_template"), ("paper", "eos_token")])
     def test_a_tokenizer_without_what_the_prompt_needs_is_refused(self, tokenizer, style, missing):

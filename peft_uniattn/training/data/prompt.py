@@ -58,20 +58,19 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prom
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]) -> list[Encoded]:
     """Tokens of prompts and their answers, see [`encode`]; an end of sequence follows if the tokenizer appends it."""
     wholes = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    encoded = []
-    for prompt, whole, answer in zip(
-        tokenizer(list(prompts))["input_ids"], tokenizer(wholes)["input_ids"], answers, strict=True
-    ):
-        if prompt[-1:] == [tokenizer.eos_token_id]:  # some tokenizers append it themselves
-            prompt = prompt[:-1]
-        encoded.append(_continued(tokenizer, prompt, whole, answer))
-    return encoded
+    eos = tokenizer.eos_token_id
+    prompt_ids = [
+        ids[:-1] if ids[-1:] == [eos] else ids  # some tokenizers append it themselves
+        for ids in tokenizer(list(prompts))["input_ids"]
+    ]
+    return [
+        Encoded(list(whole), len(prompt)) if whole[: len(prompt)] == prompt else _apart(tokenizer, prompt, answer)
+        for prompt, whole, answer in zip(prompt_ids, tokenizer(wholes)["input_ids"], answers, strict=True)
+    ]
 
 
-def _continued(tokenizer: PreTrainedTokenizerBase, prompt: list[int], whole: list[int], answer: str) -> Encoded:
-    if whole[: len(prompt)] != prompt:
-        whole = [*prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
-    return Encoded(list(whole), len(prompt))
+def _apart(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: str) -> Encoded:
+    return Encoded([*prompt, *tokenizer(answer, add_special_tokens=False)["input_ids"]], len(prompt))
 
 
 def _encode_paper(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
@@ -89,15 +88,15 @@ def _encode_chat(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     whole_ids = tokenizer.apply_chat_template(wholes, **settings)["input_ids"]
     encoded = []
     for messages, conversation, prompt, whole in zip(prompts, wholes, prompt_ids, whole_ids, strict=True):
-        if whole[: len(prompt)] == prompt:
-            encoded.append(Encoded(list(whole), len(prompt)))
-            continue
-        before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        after = tokenizer.apply_chat_template(conversation, tokenize=False)
-        if after.startswith(before):
-            encoded.append(_continued(tokenizer, prompt, whole, after.removeprefix(before)))
-        else:  # the template ends a prompt in another way once it is answered
-            encoded.append(Encoded(list(whole), _common_prefix(prompt, whole)))
+        # Shorter than the prompt if a token is joined, or if the template ends an answered prompt in another way.
+        start = _common_prefix(prompt, whole)
+        if start < len(prompt):
+            before = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            after = tokenizer.apply_chat_template(conversation, tokenize=False)
+            if after.startswith(before):
+                encoded.append(_apart(tokenizer, prompt, after.removeprefix(before)))
+                continue
+        encoded.append(Encoded(list(whole), start))
     return encoded
 
 
