@@ -1,12 +1,15 @@
-"""Losses on the page about the distance to plain post-training are those of the raw results."""
+"""Losses and goals on the page about the distance to plain post-training are those of the raw results."""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+
+from peft_uniattn.reproduce.cell import CellResult
 
 DOCS = Path(__file__).parents[1] / "docs"
 SHOWN = sorted(set(re.findall(r"(?<![\d.])2\.\d{3}\b", (DOCS / "quality.md").read_text())))
@@ -30,3 +33,32 @@ def measured():
 @pytest.mark.parametrize("loss", SHOWN)
 def test_a_loss_is_that_of_a_raw_result(loss, measured):
     assert loss in measured
+
+
+RUNS = ("smollm2_by_loss", "qwen_by_loss", "smollm2_medical", "qwen_medical")
+COMPARED = (
+    "uniattn − post-train",
+    "uniattn-half − post-train",
+    "uniattn − cla-full",
+    "uniattn − llmdrop-full",
+    "uniattn-half − cla-half",
+    "uniattn-half − llmdrop-half",
+    "uniattn − cla-half",
+    "uniattn − llmdrop-half",
+    "zero-init − no-compensation",
+    "calibrated − zero-init",
+    "two-stage − calibrated",
+)
+
+
+@pytest.mark.parametrize(("column", "run"), enumerate(RUNS, start=1), ids=RUNS)
+def test_goals_are_those_that_the_rows_of_a_run_reach(column, run):
+    goals = runpy.run_path(str(DOCS / "results_goals.py"))["goals"]
+    rows = json.loads((DOCS / "results" / f"reproduce_{run}.json").read_text())["results"]
+    expected = {
+        compared: f"{points}, {verdict}"
+        for _, compared, points, _, verdict in goals([CellResult(**row) for row in rows])
+    }
+    lines = re.search(r"\| goal \|.*\n\|-.*\n((?:\|.*\n)+)", (DOCS / "quality.md").read_text())[1].splitlines()
+    shown = [line.split("|")[column + 1].strip() for line in lines]
+    assert shown == [expected.get(compared, "–") for compared in COMPARED]
