@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -19,12 +20,42 @@ def named_checkpoint(argument: str, value: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
-            f"{argument}={value!r} is no checkpoint that can be read ({reason}); give a folder with a config.json, "
-            "or a name that the Hub knows (where the Hub is out of reach, run `hf download NAME --local-dir FOLDER` "
-            "on a connected machine and copy FOLDER here)"
+            f"{argument}={value!r} is no checkpoint that can be read ({_first_line(error)}); give a folder with a "
+            "config.json, or a name that the Hub knows (where the Hub is out of reach, run `hf download NAME "
+            "--local-dir FOLDER` on a connected machine and copy FOLDER here)"
         ) from error
+
+
+def load_named_tokenizer(argument: str, value: str, **options: object) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a checkpoint.
+
+    Args:
+        argument: what the user names the checkpoint by.
+        value: folder or Hub name.
+        **options: of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+        ValueError: if there is no checkpoint, or none of a tokenizer's files in it. For some architectures, such as
+            Qwen2, transformers makes an empty tokenizer then, to which every text has no tokens.
+    """
+    without = f"{argument}={value!r} has no tokenizer; copy its base's tokenizer.json and tokenizer_config.json there"
+    with named_checkpoint(argument, value):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(value, **options)
+            empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
+        except HFValidationError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{without} ({_first_line(error)})") from error
+    if empty:
+        raise ValueError(without)
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".: ")
 
 
 def parse_superblocks(text: str) -> list[list[int]]:

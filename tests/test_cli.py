@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 import recipe_runs
 import torch
+from transformers import LlamaConfig, Qwen2Config
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -156,6 +157,18 @@ def test_train_names_a_checkpoint_that_is_not_there(tmp_path):
         "train", *flags, "--dataset_name", str(tmp_path / "data.jsonl"), "--model_name_or_path", "./no-such-model"
     )
     assert "model_name_or_path='./no-such-model'" in message and "give a folder with a config.json" in message
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), Qwen2Config()], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("argument", ["eval", "quickstart --model", "train --model_name_or_path"])
+def test_a_checkpoint_without_a_tokenizer_is_named_before_its_weights_are_read(config, argument, tmp_path):
+    config.save_pretrained(tmp_path / "bare")  # transformers makes an empty tokenizer for Qwen2, and none for Llama
+    (tmp_path / "data.jsonl").write_text("{}")
+    rest = ["--use_cpu", "--bf16", "false", "--dataset_name", str(tmp_path / "data.jsonl")]
+    rest += ["--output_dir", str(tmp_path / "out")]
+    message = refused(*argument.split(), str(tmp_path / "bare"), *(rest if argument.startswith("train") else []))
+    name = "model_name_or_path" if argument.startswith("train") else "model"
+    assert f"{name}='{tmp_path / 'bare'}' has no tokenizer" in message
 
 
 @pytest.mark.parametrize(

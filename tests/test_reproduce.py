@@ -201,14 +201,18 @@ def result(cell, seed, accuracy, kv_bytes, loss=None):
 def test_a_table_shows_mean_and_deviation_over_seeds():
     shown = table(
         [
-            result("base", 0, {"a": 50.0, "b": 40.0}, 2000),
+            result("pre-trained", 0, {"a": 50.0, "b": 40.0}, 2000),
             result("ours", 0, {"a": 52.0, "b": 44.0}, 1500, 2.0),
             result("ours", 1, {"a": 54.0, "b": 46.0}, 1500, 3.0),
         ]
     ).splitlines()
-    assert shown[2] == "| base | 2,000 (100.0 %) | – | 50.0 | 40.0 | 45.0 | – | – | – | 1 |"
+    assert shown[2] == "| pre-trained | 2,000 (100.0 %) | – | 50.0 | 40.0 | 45.0 | – | – | – | 1 |"
     mean = "53.0 ± 1.4 | 45.0 ± 1.4 | 49.0 ± 1.4 | 1.0 | – | 2.500 ± 0.707"
     assert shown[3] == f"| ours | 1,500 (75.0 %) | – | {mean} | 2 |"
+
+
+def test_bytes_are_no_share_of_rows_that_share_too():
+    assert table([result("uniattn", 0, {"a": 52.0}, 1500)]).splitlines()[2].startswith("| uniattn | 1,500 | – |")
 
 
 def test_rows_that_were_asked_other_things_are_not_tabulated():

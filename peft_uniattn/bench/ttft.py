@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ..analysis.data import load_sequences
+from ..named import load_named_tokenizer
 from .conditions import conditions
 from .contenders import Contender, Models, medians, running
 from .profile import where_it_goes
@@ -111,7 +112,7 @@ class TtftBenchmark:
         return torch.randint(vocab_size, (self.batch_size, length), generator=generator)
 
     def _from_text(self, length: int) -> torch.Tensor:
-        tokenizer = AutoTokenizer.from_pretrained(self.models.model)
+        tokenizer = load_named_tokenizer("model", self.models.model)
         options = {"length": length, "sequences": self.batch_size, "seed": self.models.seed}
         pieces = load_sequences(self.text, tokenizer, **options).fit["input_ids"]
         if len(pieces) < self.batch_size:

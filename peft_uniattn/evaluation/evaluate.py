@@ -14,11 +14,11 @@ import torch
 from lm_eval.utils import handle_non_serializable
 from peft import AutoPeftModelForCausalLM
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from ..eviction.budget import Budget
-from ..named import named_checkpoint
+from ..named import load_named_tokenizer, named_checkpoint
 from ..training.journal import write_atomically
 from .compressed import H2OLanguageModel
 from .language_model import LanguageModel
@@ -120,7 +120,7 @@ def load_for_evaluation(
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: if there is no such checkpoint.
+        ValueError: if there is no such checkpoint, or it has no tokenizer.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -128,12 +128,13 @@ def load_for_evaluation(
         if find_adapter_config_file(path) is not None:
             model = AutoPeftModelForCausalLM.from_pretrained(path, **options)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(path)
-            except (OSError, ValueError):  # an adapter need not bring one
-                tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+                tokenizer = load_named_tokenizer("model", path)
+            except ValueError:  # an adapter need not bring one
+                base = model.active_peft_config.base_model_name_or_path
+                tokenizer = load_named_tokenizer("base_model_name_or_path", base)
         else:
+            tokenizer = load_named_tokenizer("model", path, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(path, **options)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     return model.to(device).eval(), tokenizer
 
 

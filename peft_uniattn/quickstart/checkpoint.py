@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..named import named_checkpoint
+from ..named import load_named_tokenizer, named_checkpoint
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_TIMEOUT = 3.0  # seconds
@@ -104,8 +104,7 @@ def _cache(cache_dir: str | os.PathLike | None) -> Path:
 def _load(
     source: str | os.PathLike, dtype: torch.dtype | str, **options
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = load_named_tokenizer("model", str(source), **options)
     if tokenizer.eos_token is None:
         raise ValueError(
             f"the tokenizer of {source} has no end-of-sequence token, so answers would never end; name one as"
@@ -116,6 +115,7 @@ def _load(
     if tokenizer.chat_template is None:
         warnings.warn(f"{source} has no chat template; a plain one is used", stacklevel=3)
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     for token in ("eos_token_id", "pad_token_id"):
         if getattr(model.generation_config, token) is None:
             setattr(model.generation_config, token, getattr(tokenizer, token))
@@ -128,7 +128,7 @@ def _load_from_hub(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTraine
         return None
     try:
         return _load(HUB_NAME, dtype, local_files_only=not answers)
-    except OSError as error:  # for example: the Hub answers, but the host of its large files is blocked
+    except (OSError, ValueError) as error:  # the Hub answers, but the host of its large files is blocked, say
         warnings.warn(f"{HUB_NAME} could not be loaded from the Hub ({error}); using {PACKAGE}", stacklevel=3)
         return None
 

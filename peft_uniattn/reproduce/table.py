@@ -10,15 +10,18 @@ from .cell import CellResult
 
 # The row that the others are compared with, seed by seed.
 REFERENCE = "post-train"
+# Rows with the cache of the base, which the others' bytes are a share of.
+WHOLE_CACHE = ("pre-trained", REFERENCE)
 
 
 def table(results: Sequence[CellResult]) -> str:
     """
     A Markdown table: a row per cell in the order of their first results, mean ± standard deviation over seeds.
 
-    Accuracy in per cent; bytes of KV cache per token; milliseconds to the first token, and in parentheses their ratio
-    to the base's in the same turns; the mean accuracy's difference from post-train with the same seed, ± its standard
-    error; held-out loss of the last step in nats per completion token.
+    Accuracy in per cent; bytes of KV cache per token, and in parentheses their share of the base's where a row has its
+    cache; milliseconds to the first token, and in parentheses their ratio to the base's in the same turns; the mean
+    accuracy's difference from post-train with the same seed, ± its standard error; held-out loss of the last step in
+    nats per completion token.
 
     Raises:
         ValueError: if there are no results, or rows that were asked different things.
@@ -32,14 +35,13 @@ def table(results: Sequence[CellResult]) -> str:
                 f"{result.cell} was asked {list(result.accuracy)}, other rows {tasks}; use one directory each"
             )
     rows = by_cell(results)
-    most = max(result.kv_bytes for result in results)
+    whole = next((result.kv_bytes for result in results if result.cell in WHOLE_CACHE), None)
     head = ["", "KV bytes per token", "TTFT, ms", *tasks, "mean", "s.e.", f"− {REFERENCE}", "held-out loss", "seeds"]
     lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), f"|{'---|' * len(head)}"]
     for name, found in rows.items():
-        kv = found[0].kv_bytes
         cells = [
             name,
-            f"{kv:,} ({100 * kv / most:.1f} %)",
+            _bytes(found[0].kv_bytes, whole),
             _time(found[0]),
             *(spread([result.accuracy[task] for result in found]) for task in tasks),
             spread([result.mean_accuracy for result in found]),
@@ -100,6 +102,10 @@ def difference(found: Sequence[CellResult], reference: Sequence[CellResult]) -> 
         return "–"
     mean = f"{statistics.mean(values):+.1f}".replace("-", "−")
     return mean if len(values) == 1 else f"{mean} ± {standard_error(values)}"
+
+
+def _bytes(kv_bytes: int, whole: int | None) -> str:
+    return f"{kv_bytes:,}" if whole is None else f"{kv_bytes:,} ({100 * kv_bytes / whole:.1f} %)"
 
 
 def _time(result: CellResult) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import patch_environment
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from ..named import named_checkpoint
+from ..named import load_named_tokenizer, named_checkpoint
 
 
 def check_model(model: ModelConfig) -> None:
@@ -31,10 +31,12 @@ def load_tokenizer(model: ModelConfig, training: SFTConfig) -> PreTrainedTokeniz
         ValueError: if there is none, if it has neither padding nor end of sequence, or if `chat_template_path` is
             not a file.
     """
-    with named_checkpoint("model_name_or_path", model.model_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
-        )
+    tokenizer = load_named_tokenizer(
+        "model_name_or_path",
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=training.trust_remote_code,
+    )
     if training.eos_token is not None:
         tokenizer.eos_token = training.eos_token
     if training.chat_template_path is not None:

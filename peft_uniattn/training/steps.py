@@ -191,7 +191,8 @@ class Steps:
 
     def _named_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
         model, training = self.arguments.model, self.arguments.training
-        return load_model(model, training), load_tokenizer(model, training), str(model.model_name_or_path)
+        tokenizer = load_tokenizer(model, training)  # before weights are read for nothing
+        return load_model(model, training), tokenizer, str(model.model_name_or_path)
 
     def _named_examples(self, tokenizer: PreTrainedTokenizerBase) -> LoadedData:
         training = self.arguments.training
