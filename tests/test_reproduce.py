@@ -381,11 +381,25 @@ def test_finished_rows_are_read_without_processes_of_their_own(tmp_path, data_di
     assert left.call_args.args[0] == []
 
 
-def test_a_row_that_the_tables_do_not_have_is_refused_by_name(tmp_path, data_dir, argv):
-    outcome = reproduced(tmp_path, data_dir, argv, "--rows", "pre-trained,uniatn")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--rows", "pre-trained,uniatn"), "'uniatn' must be one of pre-trained, post-train, llmdrop-half"),
+        (("--rows", "uniattn", "--max_steps", "2"), "max_steps=2 is used up before stage 2"),
+        (("--tables", "size", "--max_steps", "2"), "max_steps=2 is used up before stage 2"),
+    ],
+)
+def test_rows_and_steps_that_cannot_be_are_refused_before_anything_is_measured(flags, words, tmp_path, data_dir, argv):
+    outcome = reproduced(tmp_path, data_dir, [*argv, *flags])
     assert outcome.exit_code == 1
-    assert "'uniatn' must be one of pre-trained, post-train, llmdrop-half" in " ".join(outcome.output.split())
-    assert not list((tmp_path / "out").glob("*-0.json"))
+    assert words in " ".join(outcome.output.split())
+    assert not (tmp_path / "out" / "findings.json").exists()
+
+
+def test_a_row_that_no_table_turns_out_to_have_is_refused_by_name(tmp_path, data_dir, argv):
+    outcome = reproduced(tmp_path, data_dir, argv, "--tables", "number", "--rows", "number-40")
+    assert outcome.exit_code == 1
+    assert "'number-40' must be one of number-1" in " ".join(outcome.output.split())
 
 
 def test_a_device_gets_back_what_training_kept_on_it_before_a_row_is_evaluated(tmp_path, data_dir, argv, monkeypatch):

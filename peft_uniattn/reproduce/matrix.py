@@ -188,6 +188,13 @@ TABLES: dict[str, Callable[[Findings], list[Cell]]] = {
 }
 
 
+# Tables whose rows are named by findings; how the others' rows are called and trained can be told without a model, by
+# findings of none.
+NAMED_BY_FINDINGS = ("grouping", "number", "size")
+_STAND_IN = Plan(((0, 1, 2, 3),), num_layers=4)
+UNFOUND = Findings(_STAND_IN, _STAND_IN, similarity=[0.0] * 4)
+
+
 def _as_text(superblocks: Sequence[Sequence[int]]) -> str:
     return ",".join(f"{block[0]}-{block[-1]}" for block in superblocks)
 

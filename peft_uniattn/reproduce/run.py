@@ -14,7 +14,7 @@ from ..training.arguments import Arguments, parse_arguments
 from ..training.journal import write_atomically
 from .cell import CellResult, Evaluation, flags_of, is_done, result_file, run_cells, steps_of, training_of
 from .findings import GROUPINGS, find
-from .matrix import STAGE1_SHARE, TABLES, Cell, Findings, cells
+from .matrix import NAMED_BY_FINDINGS, STAGE1_SHARE, TABLES, UNFOUND, Cell, Findings, cells
 from .plot import plot, plot_curves, plot_sweeps, sweeps
 from .record import write_record
 from .same import check_same
@@ -31,7 +31,6 @@ class Reproduction:
             with other settings.
         argv: arguments of the training recipe that all rows share, `--max_steps` among them.
         tables: names of [`TABLES`].
-        rows: names of the rows to run; default all of the tables.
         seeds: of every row.
         evaluation: what every row is asked.
         stage1_share: share of the steps for stage 1, in rows that have one; 0 leaves it out of all but the row that
@@ -91,6 +90,7 @@ class Reproduction:
                 not fit each other or the model.
         """
         shared = parse_arguments([*self.argv, "--output_dir", str(self.directory)])
+        self._check_before(shared)
         found = find(
             shared,
             self.directory / "findings.json",
@@ -132,10 +132,17 @@ class Reproduction:
             plot_sweeps(ordered, self.directory / "sweeps.svg", caption=self._caption(ordered))
         return ordered
 
-    def _chosen(self, found: Findings) -> list[Cell]:
+    def _check_before(self, shared: Arguments) -> None:
+        """Raise ValueError for what can be told to be wrong with rows and steps before anything is measured."""
+        named_later = any(name in NAMED_BY_FINDINGS for name in self.tables)
+        for cell in self._chosen(UNFOUND, allow_unknown=named_later):
+            steps_of(cell, shared, self.stage1_share)
+
+    def _chosen(self, found: Findings, *, allow_unknown: bool = False) -> list[Cell]:
         """The rows of all tables, each once, or those that are asked for."""
         rows = {cell.name: cell for name in self.tables for cell in cells(name, found)}
-        if unknown := [name for name in self.rows if name not in rows]:
+        unknown = [name for name in self.rows if name not in rows]
+        if unknown and not allow_unknown:
             raise ValueError(f"rows={list(self.rows)}: {unknown[0]!r} must be one of {', '.join(rows)}")
         return [cell for cell in rows.values() if not self.rows or cell.name in self.rows]
 
