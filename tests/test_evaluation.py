@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import aligned, tiny_adapter, tiny_model
 from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from peft_uniattn import to_standalone
 from peft_uniattn.cli import app
-from peft_uniattn.evaluation import PAPER_TASKS, evaluate, load_for_evaluation, task_specs
+from peft_uniattn.evaluation import PAPER_TASKS, check_has_accuracy, evaluate, load_for_evaluation, task_specs
 from peft_uniattn.evaluation.tasks import task_manager
 
 # One row of each set as its authors publish it, and as the data set's page on the Hub shows it.
@@ -324,3 +325,25 @@ def test_the_command_names_a_missing_file_before_it_loads_a_model(tmp_path):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "has no dev.json" in result.output
+
+
+def test_a_task_without_accuracy_is_refused_by_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "w1", "answer": "w2"}))
+    task = {
+        "task": "free_text",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "free_text.yaml").write_text(yaml.safe_dump(task))
+    with pytest.raises(ValueError, match="'free_text' measures exact_match, and tables show accuracy"):
+        check_has_accuracy([str(tmp_path / "free_text.yaml")])
+
+
+@pytest.mark.parametrize("name", PAPER_TASKS)
+def test_the_papers_tasks_have_accuracy(name, data_dir):
+    check_has_accuracy([name, f"{name}_cloze"], data_dir=data_dir)

@@ -23,6 +23,8 @@ from peft_uniattn.reproduce.matrix import Cell
 from peft_uniattn.reproduce.side_by_side import run_apart, side_by_side, visible_devices
 from peft_uniattn.reproduce.table import spread, table
 from peft_uniattn.training.arguments import parse_arguments
+from peft_uniattn.training.data import load_data
+from peft_uniattn.training.loading import load_tokenizer
 
 # Layers 8 to 15 of 16: Superblocks [8-11] [12-15]; the upper a layer, the less its attention does.
 FOUND = Findings(
@@ -193,6 +195,11 @@ def test_cloze_tasks_count_by_length_normalised_likelihood():
     assert found == {"a_cloze": 50.0, "b": 25.0}
 
 
+def test_a_group_of_tasks_does_not_count_beside_its_members():
+    metrics = {"group": {"acc,none": 0.6}, "a": {"acc,none": 1.0}, "b": {"acc,none": 0.5}}
+    assert accuracies({"results": metrics, "groups": {"group": {"acc,none": 0.6}}}) == {"a": 100.0, "b": 50.0}
+
+
 def result(cell, seed, accuracy, kv_bytes, loss=None):
     losses = {} if loss is None else {"base": 9.0, "after stage 2": loss}
     return CellResult(cell, seed, accuracy, kv_bytes, losses, {"stage2": 5}, 1.0, [], {"device": "d", "torch": "2"})
@@ -229,6 +236,7 @@ def test_a_single_value_has_no_deviation():
     [
         ({"tables": ("main", "other")}, r"tables=\['main', 'other'\] must be some of main"),
         ({"seeds": ()}, "seeds is empty"),
+        ({"seeds": (0, 1, 0)}, r"seeds=\[0, 1, 0\] names one twice"),
         ({"stage1_share": 1.0}, r"stage1_share=1.0 must lie between"),
         ({"grouping": "random"}, "grouping='random' must be one of fixed, error"),
         ({"grouping_model": "other"}, "grouping_model='other' has no use with grouping='fixed'"),
@@ -282,7 +290,13 @@ def test_superblocks_by_loss_are_measured_once_on_the_model_that_is_named(tmp_pa
 
     monkeypatch.setattr("peft_uniattn.grouping.choose.measure_losses", measure)
     evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
-    options = {"tables": ("main",), "evaluation": evaluation, "grouping": "loss", "grouping_model": str(other)}
+    options = {
+        "tables": ("main",),
+        "evaluation": evaluation,
+        "seeds": (0,),
+        "grouping": "loss",
+        "grouping_model": str(other),
+    }
     found = findings.find(shared, tmp_path / "findings.json", **options)
     assert asked == [str(other)]
     # 4 followers and 2.
@@ -297,7 +311,7 @@ def test_groupings_of_every_number_of_followers_are_measured_once_each(tmp_path,
     for name, measure in measures.items():
         monkeypatch.setattr(choose, name, measure)
     evaluation = Evaluation(("social_iqa_cloze",), str(data_dir))
-    options = {"tables": ("grouping",), "evaluation": evaluation}
+    options = {"tables": ("grouping",), "evaluation": evaluation, "seeds": (0,)}
     found = findings.find(parse_arguments(argv), tmp_path / "findings.json", **options)
     assert [measure.call_count for measure in measures.values()] == [1, 1]
     for chosen in (found.by_error, found.by_similarity):
@@ -314,14 +328,62 @@ def write_training_data(folder, last):
 def test_a_table_that_is_asked_for_later_finds_its_superblocks(tmp_path, data_dir, argv, monkeypatch):
     shared = parse_arguments([*argv, "--superblocks", "2-3,4-5", "--output_dir", str(tmp_path / "out")])
     evaluation, path = Evaluation(("social_iqa_cloze",), str(data_dir)), tmp_path / "findings.json"
-    first = findings.find(shared, path, tables=("main",), evaluation=evaluation)
+    first = findings.find(shared, path, tables=("main",), evaluation=evaluation, seeds=(0,))
     assert first.by_error == first.by_similarity == {}
-    later = findings.find(shared, path, tables=("main", "grouping"), evaluation=evaluation)
+    later = findings.find(shared, path, tables=("main", "grouping"), evaluation=evaluation, seeds=(0,))
     assert dataclasses.replace(later, by_error={}, by_similarity={}) == first
     for chosen in (later.by_error, later.by_similarity):
         assert {number: sum(len(block) - 1 for block in blocks) for number, blocks in chosen.items()} == {1: 1, 2: 2}
     monkeypatch.setattr(findings, "load_model", None)
-    assert findings.find(shared, path, tables=("grouping",), evaluation=evaluation) == later
+    assert findings.find(shared, path, tables=("grouping",), evaluation=evaluation, seeds=(0,)) == later
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grouping": "loss"}, r"grouping='loss' \(was 'fixed'\)"),
+        ({"superblocks": "0-1"}, r"superblocks='0-1' \(was '2-3,4-5'\)"),
+        ({"dataset_name": "other.jsonl"}, r"dataset_name=\['other.jsonl'\] \(was \['data.jsonl'\]\)"),
+    ],
+    ids=["grouping", "superblocks", "data"],
+)
+def test_superblocks_found_for_something_else_are_refused(change, words, tmp_path, data_dir, argv):
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "other.jsonl")
+    options = {"tables": ("main",), "evaluation": Evaluation(("social_iqa_cloze",), str(data_dir)), "seeds": (0,)}
+    flags = [*argv, "--superblocks", "2-3,4-5", "--output_dir", str(tmp_path / "out")]
+    path = tmp_path / "findings.json"
+    found = findings.find(parse_arguments(flags), path, **options)
+    assert findings.find(parse_arguments([*flags, "--calibration_examples", "4"]), path, **options) == found
+    options |= {name: change.pop(name) for name in ("grouping",) if name in change}
+    more = [
+        word for name, value in change.items() for word in (f"--{name}", value.replace("other", f"{tmp_path}/other"))
+    ]
+    with pytest.raises(ValueError, match=f"findings.json was made with other settings: {words}"):
+        findings.find(parse_arguments([*flags, *more]), path, **options)
+
+
+@pytest.mark.parametrize("sampling", [("--test_size", "12"), ("--test_size", "0", "--max_rows", "8")], ids=" ".join)
+def test_a_question_that_only_one_seed_leaves_out_is_found(sampling, tmp_path, data_dir, argv):
+    words = "w0 w5 w6 w7 w8 w9 w1 w3 w4"
+    write_training_data(tmp_path, {"question": words, "answer": "w0"})
+    question = {"stem": words, "choices": [{"label": "A", "text": "w0"}]}
+    (data_dir / "dev_rand_split.jsonl").write_text(json.dumps({"question": question, "answerKey": "A"}) + "\n")
+    evaluation = Evaluation(("commonsense_qa_cloze",), str(data_dir))
+    flags = [*argv, *sampling, "--output_dir", str(tmp_path / "out")]
+    held = {seed: words in trained_with(parse_arguments([*flags, "--seed", str(seed)])) for seed in range(8)}
+    without, with_it = (next(seed for seed in held if held[seed] is kept) for kept in (False, True))
+    shared = parse_arguments([*flags, "--seed", str(without)])
+    with pytest.raises(ValueError, match="hold questions of the evaluation set commonsense_qa_cloze"):
+        findings.find(
+            shared, tmp_path / "findings.json", tables=("main",), evaluation=evaluation, seeds=(without, with_it)
+        )
+
+
+def trained_with(arguments):
+    """All training texts of a run as one."""
+    tokenizer = load_tokenizer(arguments.model, arguments.training)
+    data = load_data(arguments.data, tokenizer, max_length=arguments.training.max_length, seed=arguments.training.seed)
+    return "\n".join(tokenizer.decode(row["input_ids"]) for row in data.train)
 
 
 def test_other_questions_are_looked_for_in_data_that_were_searched_before(tmp_path, data_dir, argv):
@@ -330,7 +392,7 @@ def test_other_questions_are_looked_for_in_data_that_were_searched_before(tmp_pa
     question = {"stem": words, "choices": [{"label": "A", "text": "w0"}]}
     (data_dir / "dev_rand_split.jsonl").write_text(json.dumps({"question": question, "answerKey": "A"}) + "\n")
     shared = parse_arguments([*argv, "--test_size", "0", "--output_dir", str(tmp_path / "out")])
-    options = {"path": tmp_path / "findings.json", "tables": ("main",)}
+    options = {"path": tmp_path / "findings.json", "tables": ("main",), "seeds": (0,)}
     findings.find(shared, evaluation=Evaluation(("social_iqa_cloze",), str(data_dir)), **options)
     with pytest.raises(ValueError, match="hold questions of the evaluation set commonsense_qa_cloze"):
         findings.find(shared, evaluation=Evaluation(("commonsense_qa_cloze",), str(data_dir)), **options)
@@ -387,6 +449,12 @@ def test_finished_rows_are_read_without_processes_of_their_own(tmp_path, data_di
         (("--rows", "pre-trained,uniatn"), "'uniatn' must be one of pre-trained, post-train, llmdrop-half"),
         (("--rows", "uniattn", "--max_steps", "2"), "max_steps=2 is used up before stage 2"),
         (("--tables", "size", "--max_steps", "2"), "max_steps=2 is used up before stage 2"),
+        (("--rank", "4"), "rank=4 is of UniAttn's compensation"),
+        (("--compare_with_base", "true"), "compare_with_base=True would train the base beside every row"),
+        (
+            ("--stage1_early_stop", "train_loss"),
+            "stage1_early_stop='train_loss' would leave 'uniattn-half' with fewer",
+        ),
     ],
 )
 def test_rows_and_steps_that_cannot_be_are_refused_before_anything_is_measured(flags, words, tmp_path, data_dir, argv):

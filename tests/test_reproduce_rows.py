@@ -15,7 +15,7 @@ from test_reproduce import FOUND, flag, result, rows, write_questions
 from peft_uniattn import to_standalone
 from peft_uniattn.plan import make_plan
 from peft_uniattn.reproduce import TABLES, Reproduction, cells
-from peft_uniattn.reproduce.cell import CellResult, Evaluation, steps_of, training_of
+from peft_uniattn.reproduce.cell import CellResult, Evaluation, read_config, steps_of, training_of
 from peft_uniattn.reproduce.curves import read_curves
 from peft_uniattn.reproduce.findings import _read
 from peft_uniattn.reproduce.held import measure_kv_bytes
@@ -87,7 +87,7 @@ def test_tables_about_fixed_superblocks_take_those_that_were_given(name):
 def test_findings_are_read_as_they_were_written(found, tmp_path):
     path = tmp_path / "findings.json"
     path.write_text(json.dumps(dataclasses.asdict(found)))
-    assert _read(path) == (found, None)
+    assert _read(path) == (found, None, None)
 
 
 def test_findings_of_an_earlier_release_are_read(tmp_path):
@@ -95,7 +95,7 @@ def test_findings_of_an_earlier_release_are_read(tmp_path):
     del content["given"]
     path = tmp_path / "findings.json"
     path.write_text(json.dumps(content))
-    assert _read(path) == (FOUND, None)
+    assert _read(path) == (FOUND, None, None)
 
 
 @pytest.mark.parametrize("kind", ["base", "standalone"])
@@ -318,6 +318,25 @@ def test_arguments_that_do_not_fit_a_row_are_refused_before_anything_is_run(h2o_
     other = dataclasses.replace(run, directory=tmp_path, argv=(*run.argv, "--rank", "4"), tables=("main",))
     with pytest.raises(ValueError, match="rank=4 is of UniAttn's compensation"):
         other.run()
+
+
+def test_a_recipe_file_that_has_changed_since_is_other_settings(h2o_run, tmp_path):
+    _, run, results, _ = h2o_run
+    config, path = tmp_path / "recipe.yaml", tmp_path / "uniattn-0.json"
+    flags = [*results[0].flags[:-1], "--config", str(config), "--output_dir"]
+    config.write_text("weight_decay: 0.1\n")
+    dataclasses.replace(results[0], flags=flags, config=read_config(flags)).write(path)
+    check_same(path, flags, run.evaluation)
+    config.write_text("weight_decay: 0.2\n")
+    with pytest.raises(ValueError, match=r"uniattn-0.json was made with .*weight_decay=0.2 \(was 0.1\)"):
+        check_same(path, flags, run.evaluation)
+
+
+def test_a_folder_that_a_killed_call_left_goes_when_its_row_is_read(h2o_run):
+    out, run, results, _ = h2o_run
+    (out / "uniattn-0" / "model").mkdir(parents=True)
+    assert run.run() == results
+    assert not (out / "uniattn-0").exists()
 
 
 def test_rows_may_be_continued_where_their_folders_have_moved(h2o_run, tmp_path):

@@ -114,6 +114,24 @@ def task_questions(names: Sequence[str], *, data_dir: str | Path | None = None) 
     return {name: [_question(name, task, doc) for doc in task.eval_docs] for name, task in tasks.items()}
 
 
+def check_has_accuracy(names: Sequence[str], *, data_dir: str | Path | None = None) -> None:
+    """
+    Make sure that what tasks measure is a share of right answers.
+
+    Args:
+        names: see [`task_specs`].
+        data_dir: see [`task_specs`].
+
+    Raises:
+        ValueError: naming a task that measures something else.
+    """
+    for name, task in task_manager().load(task_specs(names, data_dir=data_dir))["tasks"].items():
+        if "acc" not in (measures := task.aggregation()):
+            raise ValueError(
+                f"tasks: {name!r} measures {', '.join(measures)}, and tables show accuracy; use tasks that measure acc"
+            )
+
+
 @cache
 def task_manager() -> TaskManager:
     """lm-eval's index of its own tasks, which takes seconds to make."""
@@ -158,7 +176,7 @@ def _known_to_lm_eval(name: str) -> bool:
 
 
 def _question(name: str, task: Any, doc: dict[str, Any]) -> str:
-    return _joined(doc, base_task(name)) if base_task(name) in _QUESTION else task.doc_to_text(doc)
+    return _joined(doc, base_task(name)) if base_task(name) in _QUESTION else str(task.doc_to_text(doc))
 
 
 def _joined(doc: dict[str, Any], task: str) -> str:

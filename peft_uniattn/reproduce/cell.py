@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate.utils.memory import clear_device_cache
 
 from ..evaluation import evaluate, load_for_evaluation
@@ -67,6 +68,7 @@ class CellResult:
         steps: optimizer steps by stage; calibration counts as the steps that read as many examples.
         seconds: of training and evaluation together.
         flags: what the recipe was told.
+        config: what the file behind `--config` among them said; empty without one, and in files of earlier releases.
         environment: versions and hardware.
         kv_tokens: how many tokens the cache had seen.
         h2o_budget: share of them that H2O kept; None: there was no H2O.
@@ -93,6 +95,7 @@ class CellResult:
     ttft_base_ms: float | None = None
     ttft_conditions: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def mean_accuracy(self) -> float:
@@ -137,9 +140,11 @@ def run_cells(
         ValueError: if `max_steps` is not among `argv`, or leaves stage 2 nothing to do.
     """
     files = [result_file(directory, cell.name, seed) for cell in cells]
-    if is_done(directory, cells, seed):
-        return [CellResult.read(file) for file in files]
     folder = directory / f"{cells[0].name}-{seed}"
+    if is_done(directory, cells, seed):
+        if not keep_models:
+            shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed before it did
+        return [CellResult.read(file) for file in files]
     trained = _train(cells[0], seed, folder, argv=argv, stage1_share=stage1_share)
     clear_device_cache(garbage_collection=True)  # the optimizer's memory, for rows beside this one
     for cell, file in zip(cells, files, strict=True):
@@ -167,6 +172,7 @@ class _Trained:
     path: str
     dtype: str
     flags: list[str]
+    config: dict[str, Any]
     steps: dict[str, int]
     losses: dict[str, float]
     curves: Curves
@@ -188,6 +194,7 @@ def _train(cell: Cell, seed: int, folder: Path, *, argv: Sequence[str], stage1_s
         path=path,
         dtype=str(shared.model.dtype),
         flags=[flag for flag in flags if flag != str(folder)],
+        config=read_config(argv),
         steps=steps,
         losses=losses,
         curves=curves,
@@ -211,12 +218,20 @@ def _evaluate(cell: Cell, seed: int, trained: _Trained, evaluation: Evaluation) 
         steps=trained.steps,
         seconds=trained.seconds + time.perf_counter() - started,
         flags=trained.flags,
+        config=trained.config,
         environment=environment(),
         kv_tokens=kv_tokens,
         h2o_budget=cell.h2o_budget,
         curves=trained.curves,
         evaluation=evaluation.asked,
     )
+
+
+def read_config(argv: Sequence[str]) -> dict[str, Any]:
+    """What the file behind `--config` says; empty without one."""
+    if "--config" not in argv:
+        return {}
+    return yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text()) or {}
 
 
 def training_of(cell: Cell, shared: Arguments, stage1_share: float) -> tuple[Any, ...]:
@@ -255,7 +270,10 @@ def steps_of(cell: Cell, shared: Arguments, stage1_share: float) -> dict[str, in
 def accuracies(results: dict[str, Any]) -> dict[str, float]:
     """Accuracy of each task in per cent, from lm-eval's results."""
     found = {}
+    groups = results.get("groups", {})  # such as mmlu, whose members are there as well
     for task, metrics in results["results"].items():
+        if task in groups:
+            continue
         normalised = task.endswith("_cloze") and "acc_norm,none" in metrics
         metric = "acc_norm,none" if normalised else "acc,none"
         if metric in metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,8 +26,12 @@ from ..training.journal import write_atomically
 from ..training.loading import check_model, load_model, load_tokenizer
 from .cell import Evaluation
 from .matrix import Findings
+from .record import without_folders
+from .same import refuse_other_settings
 
 GROUPINGS = ("fixed", "error", "loss")
+# Arguments that say which Superblocks are meant.
+_PLAN = ("superblocks", "superblock_size", "start_layer", "end_layer", "follower_mask")
 
 
 def find(
@@ -35,6 +40,7 @@ def find(
     *,
     tables: Sequence[str],
     evaluation: Evaluation,
+    seeds: Sequence[int],
     grouping: str = "fixed",
     grouping_model: str | None = None,
 ) -> Findings:
@@ -49,34 +55,44 @@ def find(
         path: file to keep the findings in.
         tables: which tables are wanted.
         evaluation: what the rows will be asked.
+        seeds: that the rows are trained with, which decide what a sample of the data holds.
         grouping: "fixed" takes the Superblocks that the arguments mean; "error" and "loss" those of least calibration
             error or loss with as many followers, see [`~peft_uniattn.choose_superblocks`].
         grouping_model: what "error" and "loss" are measured on, by default the base. The base, post-trained on the
             same data, knows the task, of which the base may know nothing.
 
     Raises:
-        ValueError: if training data hold evaluation questions, or the plan does not fit the model.
+        ValueError: if training data hold evaluation questions, the plan does not fit the model, or what was measured
+            before was for another model, other data or other Superblocks. On how many examples may differ.
     """
-    asked = _asked(arguments, evaluation)
-    found, checked = _read(path) if path.exists() else (None, None)
+    told = _told(arguments, grouping, grouping_model)
+    asked = _asked(arguments, evaluation, seeds)
+    found, told_before, checked = _read(path) if path.exists() else (None, None, None)
+    if told_before is not None:
+        refuse_other_settings(path, told_before, told)
     with_groups = "grouping" in tables
     if found and checked == asked and (found.by_error or not with_groups):
         return found
     check_model(arguments.model)
     tokenizer = load_tokenizer(arguments.model, arguments.training)
-    data = load_data(arguments.data, tokenizer, max_length=arguments.training.max_length, seed=arguments.training.seed)
-    texts = [tokenizer.decode(row["input_ids"]) for row in data.train]
-    for name, questions in task_questions(evaluation.tasks, data_dir=evaluation.data_dir).items():
-        check_contamination(texts, questions, name=name)
+    load = partial(load_data, tokenizer=tokenizer, max_length=arguments.training.max_length or sys.maxsize)
+    questions = task_questions(evaluation.tasks, data_dir=evaluation.data_dir)
+    # Nothing is left out here, since what is held out with one seed is trained on with another.
+    everything = replace(arguments.data, test_size=0)
+    for seed in seeds if _is_sampled(arguments) else seeds[:1]:
+        texts = [tokenizer.decode(row["input_ids"]) for row in load(everything, seed=seed).train]
+        for name, asked_there in questions.items():
+            check_contamination(texts, asked_there, name=name)
 
     if found is None or (with_groups and not found.by_error):
+        data = load(arguments.data, seed=arguments.training.seed)
         loader = partial(_batches, data, arguments, tokenizer.pad_token_id)
         model = load_model(arguments.model, arguments.training).to(arguments.training.device)
         found = found or _plans(model, arguments, loader, grouping, grouping_model)
         if with_groups:
             found = replace(found, **_groups(model, loader, found.fixed))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({**asdict(found), "checked": asked}, indent=2) + "\n")
+    write_atomically(path, json.dumps({**asdict(found), "told": told, "checked": asked}, indent=2) + "\n")
     return found
 
 
@@ -113,10 +129,25 @@ def _groups(model: PreTrainedModel, loader: Loader, fixed: Plan) -> dict[str, di
     }
 
 
-def _asked(arguments: Arguments, evaluation: Evaluation) -> dict[str, Any]:
+def _told(arguments: Arguments, grouping: str, grouping_model: str | None) -> dict[str, Any]:
+    """What decides about findings, as JSON types."""
+    plan = {name: getattr(arguments.plan, name) for name in _PLAN}
+    model = arguments.model.model_name_or_path
+    told = {"model_name_or_path": model, **asdict(arguments.data), **plan}
+    return without_folders({**told, "grouping": grouping, "grouping_model": grouping_model})
+
+
+def _asked(arguments: Arguments, evaluation: Evaluation, seeds: Sequence[int]) -> dict[str, Any]:
     """Which training data were searched for the questions of which sets, as JSON types."""
     data = {**asdict(arguments.data), "max_length": arguments.training.max_length}
+    if _is_sampled(arguments):
+        data["seeds"] = sorted(seeds)
     return json.loads(json.dumps({"data": data, "tasks": evaluation.tasks, "data_dir": evaluation.data_dir}))
+
+
+def _is_sampled(arguments: Arguments) -> bool:
+    """Whether seeds decide which rows of the data are read."""
+    return arguments.data.max_rows is not None and not arguments.data.dataset_streaming
 
 
 def _batches(data: LoadedData, arguments: Arguments, pad_token_id: int) -> Iterator[dict[str, Any]]:
@@ -136,8 +167,8 @@ def _numbers_of_followers(plan: Plan) -> list[int]:
     return [sum(len(block) - 1 for block in blocks[:count]) for count in range(1, len(blocks) + 1)]
 
 
-def _read(path: Path) -> tuple[Findings, dict[str, Any] | None]:
-    """The findings, and what `_asked` then said; None in a file of an earlier release."""
+def _read(path: Path) -> tuple[Findings, dict[str, Any] | None, dict[str, Any] | None]:
+    """The findings, and what `_told` and `_asked` then said; None in a file of an earlier release."""
     content = json.loads(path.read_text())
     numbered = {
         name: {int(followers): blocks for followers, blocks in content[name].items()}
@@ -149,7 +180,8 @@ def _read(path: Path) -> tuple[Findings, dict[str, Any] | None]:
         for name in ("plan", "half", "given")
         if content.get(name)
     }
-    return Findings(similarity=content["similarity"], **plans, **numbered), content.get("checked")
+    found = Findings(similarity=content["similarity"], **plans, **numbered)
+    return found, content.get("told"), content.get("checked")
 
 
 def as_blocks(superblocks: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

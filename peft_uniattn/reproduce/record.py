@@ -51,9 +51,21 @@ def write_record(path: Path, results: Sequence[CellResult], *, model: str, comma
     date = datetime.now(timezone.utc).date().isoformat()
     command = " ".join(map(short, command.split()))
     head = {"model": short(model), "command": command, "date": date, "findings": asdict(findings)}
-    lines = [json.dumps({**asdict(result), "flags": list(map(short, result.flags))}) for result in results]
+    lines = [
+        json.dumps({**asdict(result), **without_folders({"flags": result.flags, "config": result.config})})
+        for result in results
+    ]
     text = f'{json.dumps(head)[:-1]},\n"results": [\n' + ",\n".join(lines) + "\n]}\n"
     write_atomically(path, text)
+
+
+def without_folders(value: Any) -> Any:
+    """A setting, or a list or dictionary of them, with absolute paths cut to their last part."""
+    if isinstance(value, dict):
+        return {name: without_folders(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(without_folders, value))
+    return short(value) if isinstance(value, str) else value
 
 
 def short(word: str) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..evaluation import check_has_accuracy
 from ..training.arguments import Arguments, parse_arguments
-from ..training.journal import write_atomically
+from ..training.journal import check_writable, write_atomically
 from .cell import CellResult, Evaluation, flags_of, is_done, result_file, run_cells, steps_of, training_of
 from .findings import GROUPINGS, find
 from .matrix import NAMED_BY_FINDINGS, STAGE1_SHARE, TABLES, UNFOUND, Cell, Findings, cells
@@ -69,6 +70,8 @@ class Reproduction:
             raise ValueError(f"tables={list(self.tables)} must be some of {', '.join(TABLES)}")
         if not self.seeds:
             raise ValueError("seeds is empty; give one or more")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} names one twice, which would count twice; give each once")
         if not 0 <= self.stage1_share < 1:
             raise ValueError(f"stage1_share={self.stage1_share} must lie between 0 and 1")
         if self.grouping not in GROUPINGS:
@@ -96,6 +99,7 @@ class Reproduction:
             self.directory / "findings.json",
             tables=self.tables,
             evaluation=self.evaluation,
+            seeds=self.seeds,
             grouping=self.grouping,
             grouping_model=self.grouping_model,
         )
@@ -133,10 +137,24 @@ class Reproduction:
         return ordered
 
     def _check_before(self, shared: Arguments) -> None:
-        """Raise ValueError for what can be told to be wrong with rows and steps before anything is measured."""
+        """Raise an error for whatever can be told to be wrong before anything is measured."""
+        import matplotlib  # noqa: F401, which draws the results when all rows are done
+
+        check_writable(self.directory)
+        if shared.recipe.compare_with_base:
+            raise ValueError(
+                "compare_with_base=True would train the base beside every row; leave it out, post-train is that row"
+            )
         named_later = any(name in NAMED_BY_FINDINGS for name in self.tables)
         for cell in self._chosen(UNFOUND, allow_unknown=named_later):
-            steps_of(cell, shared, self.stage1_share)
+            steps = steps_of(cell, shared, self.stage1_share)
+            parse_arguments([*self.argv, *flags_of(cell, steps), "--output_dir", str(self.directory)])
+            if "stage1" in steps and shared.recipe.stage1_early_stop != "none":
+                raise ValueError(
+                    f"stage1_early_stop={shared.recipe.stage1_early_stop!r} would leave {cell.name!r} with fewer "
+                    "steps than other rows; add --stage1_early_stop none, or --stage1-share 0"
+                )
+        check_has_accuracy(self.evaluation.tasks, data_dir=self.evaluation.data_dir)
 
     def _chosen(self, found: Findings, *, allow_unknown: bool = False) -> list[Cell]:
         """The rows of all tables, each once, or those that are asked for."""

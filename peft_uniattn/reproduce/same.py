@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..training.arguments import parse_arguments
 from .cell import CellResult, Evaluation
-from .record import short
+from .record import without_folders
 
 
 def check_same(path: Path, flags: Sequence[str], evaluation: Evaluation) -> None:
@@ -26,24 +29,28 @@ def check_same(path: Path, flags: Sequence[str], evaluation: Evaluation) -> None
         ValueError: naming what differs. What a row of an earlier release was asked is not known and not compared.
     """
     result = CellResult.read(path)
-    then, now = _settings(result.flags), _settings(flags)
+    then, now = _settings(result.flags, result.config), _settings(flags)
     if result.evaluation:
         then, now = {**then, **result.evaluation}, {**now, **evaluation.asked}
+    refuse_other_settings(path, then, now)
+
+
+def refuse_other_settings(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError, naming what differs, unless a file was made with the settings of now."""
     differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     if differing:
         details = ", ".join(f"{name}={now.get(name)!r} (was {then.get(name)!r})" for name in differing)
         raise ValueError(f"{path} was made with other settings: {details}; use another output_dir, or delete the file")
 
 
-def _settings(flags: Sequence[str]) -> dict[str, Any]:
+def _settings(flags: Sequence[str], config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `flags` mean, with `config` in place of what the file behind `--config` says by now."""
     # A row's flags end with the name of `output_dir`, which is not compared.
-    told = flags[:-1] if flags[-1] == "--output_dir" else flags
-    return {
-        name: _short(value) for name, value in parse_arguments([*told, "--output_dir", "unused"]).settings().items()
-    }
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return list(map(_short, value))
-    return short(value) if isinstance(value, str) else value
+    told = list(flags[:-1] if flags[-1] == "--output_dir" else flags)
+    with tempfile.TemporaryDirectory() as folder:
+        if config:
+            path = Path(folder) / "config.yaml"
+            path.write_text(yaml.safe_dump(config))
+            told[told.index("--config") + 1] = str(path)
+        settings = parse_arguments([*told, "--output_dir", "unused"]).settings()
+    return {name: without_folders(value) for name, value in settings.items()}

@@ -25,7 +25,7 @@ class Journal:
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
-        _check_writable(directory)
+        check_writable(directory)
         self.directory = directory
         self._path = directory / "journal.json"
         settings = json.loads(json.dumps(settings))
@@ -56,8 +56,8 @@ class Journal:
         write_atomically(self._path, json.dumps(content, indent=2) + "\n")
 
 
-def _check_writable(directory: Path) -> None:
-    # Before a model is loaded.
+def check_writable(directory: Path) -> None:
+    """Raise OSError, before a model is loaded, if no file could be written there."""
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     may_write = os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
     if not (existing.is_dir() and may_write):
