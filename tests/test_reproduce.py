@@ -450,6 +450,7 @@ def test_finished_rows_are_read_without_processes_of_their_own(tmp_path, data_di
         (("--rows", "uniattn", "--max_steps", "2"), "max_steps=2 is used up before stage 2"),
         (("--tables", "size", "--max_steps", "2"), "max_steps=2 is used up before stage 2"),
         (("--rank", "4"), "rank=4 is of UniAttn's compensation"),
+        (("--adapter", "trained"), "adapter='trained' would give some rows a start that others have not"),
         (("--compare_with_base", "true"), "compare_with_base=True would train the base beside every row"),
         (
             ("--stage1_early_stop", "train_loss"),

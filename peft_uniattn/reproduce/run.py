@@ -145,6 +145,10 @@ class Reproduction:
             raise ValueError(
                 "compare_with_base=True would train the base beside every row; leave it out, post-train is that row"
             )
+        if shared.recipe.adapter is not None:
+            raise ValueError(
+                f"adapter={shared.recipe.adapter!r} would give some rows a start that others have not; leave it out"
+            )
         named_later = any(name in NAMED_BY_FINDINGS for name in self.tables)
         for cell in self._chosen(UNFOUND, allow_unknown=named_later):
             steps = steps_of(cell, shared, self.stage1_share)
