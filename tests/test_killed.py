@@ -40,6 +40,7 @@ def files(directory):
 
 
 MOMENTS = {
+    "while the first result is written": ("journal.json.tmp", 2),
     "in calibration": ("calibration.tmp", 9),
     "between the files of calibration's adapter": ("calibrated.tmp", 2),
     "in a checkpoint of stage 1": ("checkpoints/stage1/checkpoint-2", 4),

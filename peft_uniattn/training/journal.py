@@ -34,7 +34,8 @@ class Journal:
             _check_same(content["settings"], settings, directory)
             self.results: dict[str, Any] = content["results"]
         else:
-            if directory.exists() and any(directory.iterdir()):
+            # A run that was killed while it wrote its first result has an unfinished journal, and nothing else.
+            if directory.exists() and set(directory.iterdir()) - {_unfinished(self._path)}:
                 raise ValueError(f"{directory} exists and holds no run to continue; choose another output directory")
             self.results = {}
         self._settings = settings
@@ -65,9 +66,13 @@ def check_writable(directory: Path) -> None:
         raise OSError(errno.EACCES, f"output_dir={str(directory)!r}: {existing} {what}; choose another output_dir")
 
 
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is either the old one or the new one at any moment."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _unfinished(path)
     with open(temporary, "w") as file:
         file.write(text)
         file.flush()
@@ -77,7 +82,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def save_directory_atomically(path: Path, save: Callable[[Path], Any]) -> None:
     """Let `save` fill a temporary directory and put that in the place of `path` once it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _unfinished(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save(temporary)
