@@ -13,7 +13,7 @@ from recipe_runs import arguments, losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_uniattn.training import steps, trainer
+from peft_uniattn.training import steps, summary, trainer
 from peft_uniattn.training.two_stage import TwoStageRun
 
 
@@ -133,6 +133,29 @@ def test_a_finished_run_is_not_repeated(finished, inputs, monkeypatch):
     for name in ("calibrate", "train", "load_model", "load_data"):
         monkeypatch.setattr(steps, name, pytest.fail)
     assert TwoStageRun(arguments(inputs, directory, compare_with_base=True)).run() == receipt
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Another machine."""
+    monkeypatch.setattr(summary, "environment", lambda: {"device": "another"})
+    monkeypatch.setattr(trainer.SFTConfig, "world_size", 8)
+
+
+def test_a_finished_run_called_again_elsewhere_keeps_the_machine_it_was_measured_on(finished, inputs, elsewhere):
+    directory, receipt = finished
+    assert TwoStageRun(arguments(inputs, directory, compare_with_base=True)).run() == receipt
+    assert '"processes": 1' in (directory / "model" / "README.md").read_text()
+
+
+def test_a_journal_of_an_earlier_version_without_a_machine_still_works(run, tmp_path, elsewhere):
+    run(tmp_path / "run", stages="calibrate")
+    journal = tmp_path / "run" / "journal.json"
+    content = json.loads(journal.read_text())
+    for step in content["results"].values():
+        del step["environment"], step["processes"]
+    journal.write_text(json.dumps(content))
+    assert run(tmp_path / "run", stages="calibrate").environment == {"device": "another"}
 
 
 def test_an_interrupted_run_logs_the_same_means_where_saving_falls_between_logs(tmp_path, monkeypatch, run):

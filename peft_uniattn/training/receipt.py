@@ -51,7 +51,7 @@ class Receipt:
         reload_difference: largest difference of a logit between the trained and the reloaded standalone model; None
             if stage 2 has not been run.
         seconds: wall time, all sessions of the run together.
-        environment: versions and hardware.
+        environment: versions and hardware of the last step.
     """
 
     base_model: str

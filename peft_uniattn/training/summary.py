@@ -87,13 +87,14 @@ def make_receipt(results: dict[str, Any], data_name: str, question: str | None =
         evaluations={name: step["evaluation"] for name, step in measured.items() if step["evaluation"]},
         reload_difference=results.get("stage 2", {}).get("reload_difference"),
         seconds=sum(step["seconds"] for step in results.values()),
-        environment=environment(),
+        environment=_latest(results, "environment", environment()),
     )
 
 
 def write_summary(output_dir: Path, receipt: Receipt, arguments: Arguments, results: dict[str, Any]) -> None:
     """Write `receipt.json`, and a model card beside every artefact that there is."""
-    settings = {**arguments.settings(), "processes": arguments.training.world_size}
+    processes = _latest(results, "processes", arguments.training.world_size)
+    settings = {**arguments.settings(), "processes": processes}
     details = {
         "data": results["base"]["data"],
         "plan": {name: settings[name] for name in _PLAN},
@@ -108,6 +109,14 @@ def write_summary(output_dir: Path, receipt: Receipt, arguments: Arguments, resu
         if (output_dir / folder).is_dir():
             write_atomically(output_dir / folder / "README.md", str(card(receipt, details, base)))
     write_atomically(output_dir / "receipt.json", json.dumps(receipt.to_dict(), indent=2) + "\n")
+
+
+def _latest(results: dict[str, Any], name: str, default: Any) -> Any:
+    """
+    What the last step to record `name` recorded: a finished run may be called again elsewhere, to publish it. For
+    steps of earlier versions, which recorded no machine, `default`.
+    """
+    return next((step[name] for step in reversed(results.values()) if name in step), default)
 
 
 def _thinned(log: list[dict[str, Any]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from .arguments import STAGES, Arguments
 from .distributed import is_main_process, on_main_process
 from .journal import Journal
 from .publish import publish
-from .receipt import Receipt
+from .receipt import Receipt, environment
 from .steps import FOLDERS, LoadBase, LoadExamples, Steps
 from .summary import STEPS, make_receipt, write_summary
 
@@ -123,9 +123,11 @@ class TwoStageRun:
             with self._explained():
                 result = action()
             # The clocks of processes differ, and all of them are to know the same.
-            seconds = on_main_process(lambda: time.perf_counter() - started)
+            seconds, machine = on_main_process(lambda: (time.perf_counter() - started, environment()))
+            processes = self.arguments.training.world_size
+            result = {**result, "seconds": seconds, "environment": machine, "processes": processes}
             # A plan alone is no run yet: data that cannot be read leave nothing behind that refuses other settings.
-            journal.record(name, {**result, "seconds": seconds}, write=is_main_process() and name != "plan")
+            journal.record(name, result, write=is_main_process() and name != "plan")
         if is_main_process():
             result = journal.results[name]
             loss = f"held-out loss {result['loss']:.4f}, " if result.get("loss") is not None else ""
