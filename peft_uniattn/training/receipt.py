@@ -50,7 +50,8 @@ class Receipt:
         evaluations: what the evaluation of the user found, by step.
         reload_difference: largest difference of a logit between the trained and the reloaded standalone model; None
             if stage 2 has not been run.
-        seconds: wall time, all sessions of the run together.
+        seconds: wall time of the steps, of each in the session that finished it; what interrupted sessions had done of
+            a step does not count.
         environment: versions and hardware of the last step.
     """
 
