@@ -256,6 +256,22 @@ def test_data_that_cannot_be_read_leave_nothing_that_refuses_other_settings(run,
     run(tmp_path / "run", stages="calibrate")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"test_size": 0, "eval_strategy": "steps"}, "eval_strategy='steps' needs held-out examples"),
+        ({"dataset_streaming": True, "test_size": 4, "max_steps": -1}, "max_steps=-1 does not say where stage2 stops"),
+    ],
+)
+def test_data_that_a_stage_cannot_train_on_are_refused_before_anything_is_measured(
+    changes, words, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(steps.Measurements, "of", lambda *args: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_first_line_says_that_it_timed_the_loading(run, tmp_path, capsys):
     run(tmp_path, stages="calibrate")
     assert re.match(r"model loaded, plan made: \d+ s\nbase: held-out loss ", capsys.readouterr().out)

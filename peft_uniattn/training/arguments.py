@@ -251,6 +251,11 @@ class RecipeArguments:
         """Whether `stage` is to be run."""
         return stage in self.stages.split(",")
 
+    @property
+    def trained(self) -> list[str]:
+        """What is to be trained: stages, and the unmodified base as "plain"."""
+        return [stage for stage in ("stage1", "stage2") if self.runs(stage)] + ["plain"] * self.compare_with_base
+
 
 @dataclass(frozen=True)
 class Arguments:

@@ -25,7 +25,7 @@ from .evaluation import find_evaluation
 from .journal import save_directory_atomically
 from .loading import check_model, load_model, load_tokenizer
 from .measure import Measurements, fingerprint
-from .trainer import full_state, train
+from .trainer import check_data, full_state, train
 
 LoadBase = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase, str]]
 LoadExamples = Callable[[PreTrainedTokenizerBase], LoadedData]
@@ -171,7 +171,9 @@ class Steps:
     @cached_property
     def data(self) -> LoadedData:
         """Training and held-out examples; to be read in every process, because one may wait for another."""
-        return self._load_examples(self._tokenizer)
+        data = self._load_examples(self._tokenizer)
+        check_data(self.arguments, data)
+        return data
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

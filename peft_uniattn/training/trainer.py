@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .arguments import Arguments
 from .checkpoints import WholeCheckpoints, is_last, whole_checkpoints
+from .data import LoadedData
 from .distillation import DistillationTrainer
 from .distributed import on_main_process
 from .divergence import StopsAtDivergence
@@ -41,6 +42,28 @@ def make_trainer(arguments: Arguments, stage: str, **options: Any) -> SFTTrainer
     return DistillationTrainer(distillation=arguments.distillation, teacher=teacher, **options)
 
 
+def check_data(arguments: Arguments, data: LoadedData) -> None:
+    """
+    Refuse data that a stage to come cannot train on, before calibration.
+
+    Raises:
+        ValueError: if the arguments ask for evaluation, but there is nothing to evaluate on; if nothing says where a
+            stage stops that reads a stream.
+    """
+    for stage in arguments.recipe.trained:
+        training = stage_arguments(arguments, stage)
+        if training.eval_strategy != "no" and data.test is None:
+            raise ValueError(
+                f"eval_strategy={training.eval_strategy.value!r} needs held-out examples, and the data has none; hold "
+                "some out, or leave eval_strategy out"
+            )
+        if training.max_steps <= 0 and not isinstance(data.train, Dataset):
+            raise ValueError(
+                f"max_steps={training.max_steps} does not say where {stage} stops on a stream; set max_steps (for "
+                "stage 1 alone: stage1_max_steps), or leave dataset_streaming out"
+            )
+
+
 def train(
     model: nn.Module,
     arguments: Arguments,
@@ -57,15 +80,9 @@ def train(
         the trainer, with the trained model and its log.
 
     Raises:
-        ValueError: if the arguments ask for evaluation, but there is nothing to evaluate on; if training diverges.
+        ValueError: if training diverges.
     """
     training = stage_arguments(arguments, stage)
-    evaluates = training.eval_strategy != "no"
-    if evaluates and eval_dataset is None:
-        raise ValueError(
-            f"eval_strategy={training.eval_strategy.value!r} needs held-out examples, and the data has none; hold "
-            "some out, or leave eval_strategy out"
-        )
     checkpoint, is_at_end = on_main_process(partial(_continue_from, training, isinstance(train_dataset, Dataset)))
     if is_at_end:  # transformers would take one more step; so it loads the weights and takes none
         training = dataclasses.replace(training, num_train_epochs=0, max_steps=-1)
@@ -78,7 +95,7 @@ def train(
             model=model,
             args=training,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset if evaluates else None,
+            eval_dataset=None if training.eval_strategy == "no" else eval_dataset,
             processing_class=tokenizer,
             callbacks=[StopsAtDivergence(), WholeCheckpoints(), *([early_stop] if early_stop else [])],
         )
