@@ -271,6 +271,14 @@ def test_arguments_of_another_method_are_refused(wrong):
         parse_arguments([*wrong, "--stages", "stage2", "--use_cpu", "true"])
 
 
+@pytest.mark.parametrize("weight", ["distillation_alpha", "distillation_attention_weight"])
+def test_compiled_distillation_is_refused_before_anything_runs(weight):
+    flags = [f"--{weight}", "0.5", "--torch_compile", "true", "--use_cpu", "true", "--bf16", "false"]
+    with pytest.raises(ValueError, match="torch_compile=True does not see what distillation compares"):
+        parse_arguments(flags)
+    parse_arguments([*flags, "--stages", "calibrate"])
+
+
 @pytest.mark.parametrize(("preset", "followers"), FOR_REPRODUCE.items())
 def test_presets_for_reproduce_say_their_steps_and_keep_the_papers_batch(preset, followers):
     training = parsed(preset).training

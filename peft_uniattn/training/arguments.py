@@ -279,6 +279,11 @@ class Arguments:
                 f"method={self.plan.method!r} has nothing to calibrate and no stage 1, but "
                 f"stages={self.recipe.stages!r}; set stages=stage2"
             )
+        if self.training.torch_compile and any(map(self.distillation.applies_to, self.recipe.trained)):
+            raise ValueError(
+                "torch_compile=True does not see what distillation compares; leave torch_compile out, or "
+                "distillation_alpha and distillation_attention_weight"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What decides about results, as JSON types; another call with other ones is another run."""
