@@ -279,6 +279,13 @@ def test_compiled_distillation_is_refused_before_anything_runs(weight):
     parse_arguments([*flags, "--stages", "calibrate"])
 
 
+def test_a_loss_on_prompts_is_refused_by_name():
+    flags = ["--use_cpu", "true", "--bf16", "false"]
+    with pytest.raises(ValueError, match="completion_only_loss=False: the recipe trains on answers alone"):
+        parse_arguments([*flags, "--completion_only_loss", "false"])
+    parse_arguments([*flags, "--completion_only_loss", "true"])
+
+
 @pytest.mark.parametrize(("preset", "followers"), FOR_REPRODUCE.items())
 def test_presets_for_reproduce_say_their_steps_and_keep_the_papers_batch(preset, followers):
     training = parsed(preset).training

@@ -279,6 +279,11 @@ class Arguments:
                 f"method={self.plan.method!r} has nothing to calibrate and no stage 1, but "
                 f"stages={self.recipe.stages!r}; set stages=stage2"
             )
+        if self.training.completion_only_loss is False:
+            raise ValueError(
+                "completion_only_loss=False: the recipe trains on answers alone, and prompts carry no loss; leave "
+                "completion_only_loss out"
+            )
         if self.training.torch_compile and any(map(self.distillation.applies_to, self.recipe.trained)):
             raise ValueError(
                 "torch_compile=True does not see what distillation compares; leave torch_compile out, or "
