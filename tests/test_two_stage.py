@@ -249,6 +249,19 @@ def test_a_file_that_is_missing_is_named_before_the_model_is_loaded(argument, ru
     assert not (tmp_path / "run").exists()
 
 
+def test_as_many_processes_tokenize_as_dataset_num_proc_says(run, tmp_path, monkeypatch):
+    asked, load_data = [], steps.load_data
+
+    def watched(*args, **options):
+        asked.append(options.get("num_proc"))
+        return load_data(*args, **options)
+
+    monkeypatch.setattr(steps, "load_data", watched)
+    receipt = run(tmp_path / "two", stages="calibrate", dataset_num_proc=2)
+    assert receipt.losses == run(tmp_path / "one", stages="calibrate").losses
+    assert asked == [2, None]
+
+
 def test_data_that_cannot_be_read_leave_nothing_that_refuses_other_settings(run, tmp_path):
     (tmp_path / "broken.jsonl").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):

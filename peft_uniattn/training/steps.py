@@ -198,8 +198,13 @@ class Steps:
 
     def _named_examples(self, tokenizer: PreTrainedTokenizerBase) -> LoadedData:
         training = self.arguments.training
-        max_length = training.max_length or sys.maxsize
-        return load_data(self.arguments.data, tokenizer, max_length=max_length, seed=training.seed)
+        return load_data(
+            self.arguments.data,
+            tokenizer,
+            max_length=training.max_length or sys.maxsize,
+            seed=training.seed,
+            num_proc=training.dataset_num_proc,
+        )
 
     def _adapted(self, model: PreTrainedModel, start: str | None) -> PeftModel:
         """`model` with the adapter that a stage starts from: of `output_dir`, the given one, or with W_c = 0."""
