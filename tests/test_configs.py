@@ -271,6 +271,46 @@ def test_arguments_of_another_method_are_refused(wrong):
         parse_arguments([*wrong, "--stages", "stage2", "--use_cpu", "true"])
 
 
+LLMDROP_FLAGS = ["--method", "llmdrop", "--stages", "stage2"]
+
+
+@pytest.fixture
+def from_yaml(tmp_path):
+    """Parses the text of a YAML file."""
+
+    def parse(text):
+        (tmp_path / "recipe.yaml").write_text(f"use_cpu: true\nbf16: false\n{text}\n")
+        return parse_arguments(["--config", str(tmp_path / "recipe.yaml")])
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("yaml", "flags"),
+    [
+        ("superblocks: [[0, 1, 2], [3, 4]]", ["--superblocks", "0-2,3-4"]),
+        ("superblocks: [0-2, 3-4]", ["--superblocks", "0-2,3-4"]),
+        ("superblocks: []", []),
+        ("stages: [calibrate, stage1]", ["--stages", "calibrate,stage1"]),
+        ("dropped_layers: 4\nmethod: llmdrop\nstages: [stage2]", [*LLMDROP_FLAGS, "--dropped_layers", "4"]),
+        ("dropped_layers: [4, 2]\nmethod: llmdrop\nstages: stage2", [*LLMDROP_FLAGS, "--dropped_layers", "4,2"]),
+    ],
+)
+def test_lists_of_yaml_say_what_flags_say(yaml, flags, from_yaml):
+    assert from_yaml(yaml).settings() == parse_arguments(["--use_cpu", "true", "--bf16", "false", *flags]).settings()
+
+
+@pytest.mark.parametrize("wrong", ["[[0, 3], [4, 7]]", "[[]]", "[[a, b]]", "3", "[[5]]"])
+def test_superblocks_of_yaml_that_cannot_be_meant_are_refused_by_name(wrong, from_yaml):
+    with pytest.raises(ValueError, match=r"^superblocks=.*(must look like '16-19,20-23'|has no follower)"):
+        from_yaml(f"superblocks: {wrong}")
+
+
+def test_yaml_that_cannot_be_read_is_refused_with_its_file(from_yaml):
+    with pytest.raises(ValueError, match=r"config cannot be read as YAML: .*recipe.yaml\", line \d"):
+        from_yaml("superblocks: [[0, 1]")
+
+
 @pytest.mark.parametrize("weight", ["distillation_alpha", "distillation_attention_weight"])
 def test_compiled_distillation_is_refused_before_anything_runs(weight):
     flags = [f"--{weight}", "0.5", "--torch_compile", "true", "--use_cpu", "true", "--bf16", "false"]
