@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import TrlParser
 
 from peft_uniattn.training.data import DataArguments, load_data, sources
+from peft_uniattn.training.data.formats import BadRow, converter
 
 # Typed from Appendix A of the paper; the line breaks are those of the official code.
 APPENDIX_A = (
@@ -236,6 +237,13 @@ class TestFormats:
         assert (report.kept, report.bad) == (1, {})
         assert report.skipped == {"not one question with one answer": 2, "empty question": 1}
 
+    def test_a_message_in_parts_of_text_is_their_text(self, load, tokenizer):
+        def message(role, *parts):
+            return {"role": role, "content": [{"type": "text", "text": part} for part in parts]}
+
+        data = load([{"messages": [message("user", "One", " ", "question?"), message("assistant", "Answer.")]}])
+        assert texts(data.train, tokenizer) == [(APPENDIX_A % ("", "One question?"), "Answer.</s>")]
+
     def test_the_papers_prompt_has_no_place_for_earlier_turns(self, load):
         report = load([{"messages": DIALOGUE * 2}, {"messages": DIALOGUE}]).report
         assert (report.kept, report.skipped) == (1, {"not one question with one answer": 1})
@@ -375,6 +383,30 @@ class TestBadRows:
         assert data.report.bad == {reason: 1 for _, reason in BAD}
         expected = {reason: {"rows.jsonl [train]": [2 + index]} for index, (_, reason) in enumerate(BAD)}
         assert data.report.bad_rows == expected
+
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            ({"question": "q", "answer": ["14 December", "December"]}, "'answer' is no text but a list"),
+            ({"question": "q", "answer": {"text": "Bob", "start": 3}}, "'answer' is no text but an object"),
+            ({"instruction": "i", "input": ["x"], "output": "a"}, "'input' is no text but a list"),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, DIALOGUE[1]]},
+                "'content' is no text but a list",
+            ),
+            (
+                {"question": {"stem": ["q"], "choices": CHOICES}, "answerKey": "B"},
+                "'question' is no text but a list",
+            ),
+            (
+                {"question": "q", "choices": {"label": ["A"], "text": [["ant"]]}, "answerKey": "A"},
+                "'choices' is no text but a list",
+            ),
+        ],
+    )
+    def test_what_is_no_text_is_not_trained_on(self, row, reason):
+        with pytest.raises(BadRow, match=f"^{reason}$"):
+            converter("auto", list(row))(row)
 
     @pytest.mark.parametrize(("limit", "allowed"), [(0, 0), (2, 2), (0.1, 1), (0.25, 2)])
     def test_more_than_max_bad_rows_stop_the_run_naming_them(self, load, limit, allowed):

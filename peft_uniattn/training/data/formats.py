@@ -81,7 +81,7 @@ def converter(dataset_format: str, columns: Sequence[str], *, list_choices: bool
 
 def dialogue(messages: Iterable[Row]) -> Example:
     """The last answer of the assistant is the answer, the message before it the question."""
-    turns = [{"role": turn["role"], "content": _text(turn["content"])} for turn in messages]
+    turns = [{"role": turn["role"], "content": _text(turn["content"], "content")} for turn in messages]
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not turns:
@@ -99,15 +99,15 @@ def _instruction(row: Row, question: str, answer: str) -> Example:
     if isinstance(asked, list):  # TRL's conversational prompt and completion
         return dialogue([*asked, *answered])
     if question == "instruction":
-        return _checked(Example(_text(asked), _text(row.get("input")), _text(answered)))
-    return _checked(Example("", _text(asked), _text(answered)))
+        return _checked(Example(_text(asked, question), _text(row.get("input"), "input"), _text(answered, answer)))
+    return _checked(Example("", _text(asked, question), _text(answered, answer)))
 
 
 def _one_round(messages: Sequence[Row]) -> Example:
     """The paper's filter of the Tulu 3 mixture: one question, not empty, with one answer."""
     if [turn["role"] for turn in messages] != ["user", "assistant"]:
         raise SkippedRow(NOT_ONE_ROUND)
-    if not _text(messages[0]["content"]):
+    if not _text(messages[0]["content"], "content"):
         raise SkippedRow("empty question")
     return dialogue(messages)
 
@@ -122,30 +122,33 @@ def _commonsenseqa(row: Row) -> tuple[str, list[str], str]:
     """The original file nests stem and choices in `question`; on the Hub they are columns."""
     question = _required(row, "question")
     if isinstance(question, Mapping):
-        stem, choices = question["stem"], {choice["label"]: choice["text"] for choice in question["choices"]}
+        stem, choices = question["stem"], [(choice["label"], choice["text"]) for choice in question["choices"]]
     else:
-        stem, choices = question, dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    return _text(stem), list(choices.values()), _chosen(choices, _required(row, "answerKey"))
+        stem, choices = question, zip(row["choices"]["label"], row["choices"]["text"], strict=True)
+    choices = {label: _text(text, "choices") for label, text in choices}
+    return _text(stem, "question"), list(choices.values()), _chosen(choices, _required(row, "answerKey"))
 
 
 def _siqa(row: Row) -> tuple[str, list[str], str]:
     """`correct` is a letter in the original files; `label` counts from 1."""
-    choices = {letter: _text(_required(row, f"answer{letter}")) for letter in "ABC"}
+    choices = {letter: _text(_required(row, f"answer{letter}"), f"answer{letter}") for letter in "ABC"}
     correct = row.get("correct") or _required(row, "label")
     letter = {"1": "A", "2": "B", "3": "C"}.get(str(correct).strip(), correct)
-    question = f"{_text(row.get('context'))} {_text(_required(row, 'question'))}"
+    question = f"{_text(row.get('context'), 'context')} {_text(_required(row, 'question'), 'question')}"
     return question.strip(), list(choices.values()), _chosen(choices, letter)
 
 
 def _medqa(row: Row) -> tuple[str, list[str], str]:
     """The options are an object from letters to texts, or a list of texts that begin with their letter."""
     options = _required(row, "options")
-    texts = list(options.values()) if isinstance(options, Mapping) else options
-    texts = [_text(text).split(". ", 1)[-1] if isinstance(options, list) else _text(text) for text in texts]
-    answer = _text(_required(row, "answer"))
+    if isinstance(options, Mapping):
+        texts = [_text(text, "options") for text in options.values()]
+    else:
+        texts = [_text(text, "options").split(". ", 1)[-1] for text in options]
+    answer = _text(_required(row, "answer"), "answer")
     if answer not in texts:
         raise BadRow("the answer is none of the choices")
-    return _text(_required(row, "question")), [text for text in texts if text], answer
+    return _text(_required(row, "question"), "question"), [text for text in texts if text], answer
 
 
 def _pubmedqa(row: Row) -> tuple[str, list[str], str]:
@@ -155,8 +158,12 @@ def _pubmedqa(row: Row) -> tuple[str, list[str], str]:
     else:
         question, passages = _required(row, "question"), _required(row, "context")["contexts"]
     choices = {name: name for name in ("yes", "no", "maybe")}
-    abstract = "\n".join(map(_text, passages))
-    return f"{abstract}\n\n{_text(question)}", list(choices), _chosen(choices, _required(row, "final_decision"))
+    abstract = "\n".join(_text(passage, "contexts") for passage in passages)
+    return (
+        f"{abstract}\n\n{_text(question, 'question')}",
+        list(choices),
+        _chosen(choices, _required(row, "final_decision")),
+    )
 
 
 COLUMNS = {
@@ -195,7 +202,7 @@ def _required(row: Row, name: str) -> Any:
 def _chosen(choices: Mapping[str, str], label: str) -> str:
     if label not in choices:
         raise BadRow("the answer is none of the choices")
-    return _text(choices[label])
+    return choices[label]
 
 
 def _checked(example: Example) -> Example:
@@ -206,7 +213,15 @@ def _checked(example: Example) -> Example:
     return example
 
 
-def _text(value: object) -> str:
-    """The text as it stands; blank ones are empty."""
+def _text(value: object, name: str) -> str:
+    """The text of the field `name` as it stands, that of a message in parts joined; blank ones are empty."""
+    if isinstance(value, list) and value and all(map(_is_text_part, value)):
+        value = "".join(part["text"] for part in value)
+    if isinstance(value, list | Mapping):
+        raise BadRow(f"{name!r} is no text but {'a list' if isinstance(value, list) else 'an object'}")
     text = "" if value is None else str(value)
     return text if text.strip() else ""
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
