@@ -408,6 +408,24 @@ class TestBadRows:
         with pytest.raises(BadRow, match=f"^{reason}$"):
             converter("auto", list(row))(row)
 
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            ({"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "missing 'role'"),
+            ({"messages": "q"}, "does not have the shape of dataset_format='messages'"),
+            ({"question": {"text": "q"}, "choices": CHOICES, "answerKey": "A"}, "missing 'stem'"),
+            (
+                {"question": "q", "choices": {"label": ["A", "B"], "text": ["ant"]}, "answerKey": "A"},
+                "does not have the shape of dataset_format='commonsenseqa'",
+            ),
+            ({"question": "q", "options": 4, "answer": "a"}, "does not have the shape of dataset_format='medqa'"),
+        ],
+        ids=["sharegpt", "text-for-messages", "no-stem", "choice-without-text", "number-for-options"],
+    )
+    def test_a_row_of_another_shape_than_its_format_is_counted(self, load, row, reason):
+        with pytest.raises(ValueError, match=rf"2 × {reason} \(rows.jsonl \[train\] row 0, 1\)"):
+            load([row, row])
+
     @pytest.mark.parametrize(("limit", "allowed"), [(0, 0), (2, 2), (0.1, 1), (0.25, 2)])
     def test_more_than_max_bad_rows_stop_the_run_naming_them(self, load, limit, allowed):
         bad = {"question": "q", "answer": ""}

@@ -68,15 +68,30 @@ def converter(dataset_format: str, columns: Sequence[str], *, list_choices: bool
             f"dataset_format={dataset_format!r} does not fit the columns {list(columns)}; accepted are "
             f"{ACCEPTED_COLUMNS}"
         )
-    if found == "instruction":
+    read = _reader(found, columns, list_choices)
+
+    def convert(row: Row) -> Example:
+        try:
+            return read(row)
+        except KeyError as error:
+            raise BadRow(f"missing {error.args[0]!r}") from error
+        except (TypeError, ValueError) as error:  # a text where a list should be, choices without a label
+            raise BadRow(f"does not have the shape of dataset_format={found!r}") from error
+
+    return convert
+
+
+def _reader(dataset_format: str, columns: Sequence[str], list_choices: bool) -> Callable[[Row], Example]:
+    """As [`converter`], for rows that have the shape of their format."""
+    if dataset_format == "instruction":
         question, answer = _first(QUESTION_COLUMNS, columns), _first(ANSWER_COLUMNS, columns)
         return lambda row: _instruction(row, question, answer)
-    if found == "messages":
+    if dataset_format == "messages":
         return lambda row: dialogue(_required(row, "messages"))
-    if found == "tulu3":
+    if dataset_format == "tulu3":
         return lambda row: _one_round(_required(row, "messages"))
-    read_choices = {"commonsenseqa": _commonsenseqa, "siqa": _siqa, "medqa": _medqa, "pubmedqa": _pubmedqa}[found]
-    return lambda row: _multiple_choice(*read_choices(row), list_choices=list_choices)
+    read_choices = {"commonsenseqa": _commonsenseqa, "siqa": _siqa, "medqa": _medqa, "pubmedqa": _pubmedqa}
+    return lambda row: _multiple_choice(*read_choices[dataset_format](row), list_choices=list_choices)
 
 
 def dialogue(messages: Iterable[Row]) -> Example:
