@@ -363,6 +363,36 @@ class TestSources:
             with pytest.raises(error, match=message):
                 load_data(DataArguments(dataset_name=str(name)), tokenizer, max_length=9, seed=0)
 
+    @pytest.mark.parametrize(
+        ("name", "content", "reason"),
+        [
+            ("r.json.gz", gzip.compress(b"[1, 2]")[:-4], "Compressed file ended"),
+            ("r.csv.gz", gzip.compress(b"question,answer\nq,a\n")[:-4], "Compressed file ended"),
+            ("r.jsonl.gz", b'{"question": "q", "answer": "a"}\n', "Not a gzipped file"),
+            ("r.jsonl", b"", "it is empty"),
+            ("r.csv", b"", "No columns"),
+            ("r.json", b"[]", "(it is empty|no data)"),
+            ("r.zip", b"none", "File is not a zip file"),
+            ("r.parquet", b"none", "Parquet"),
+        ],
+    )
+    @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+    def test_a_damaged_file_is_named_with_what_is_wrong(self, tmp_path, tokenizer, name, content, reason, streaming):
+        path = tmp_path / name
+        path.write_bytes(content)
+        arguments = DataArguments(dataset_name=str(path), test_size=0, dataset_streaming=streaming)
+        with pytest.raises(ValueError, match=f"^dataset_name='{path}' cannot be read: .*{reason}.*; repair it"):
+            load_data(arguments, tokenizer, max_length=2000, seed=0)
+
+    @pytest.mark.parametrize(
+        ("content", "reason"), [('["1" "2"]', "Expecting ',' delimiter"), ("1", "neither a list")]
+    )
+    def test_ids_that_cannot_be_read_are_named_with_their_file(self, load, tmp_path, content, reason):
+        path = tmp_path / "test.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"^exclude_ids='{path}' cannot be read: .*{reason}"):
+            load([{"id": 1, "question": "q", "answer": "a"}], exclude_ids=str(path))
+
 
 BAD = [
     ({"question": "q", "answer": None}, "missing 'answer'"),

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
 from .encoding import FACTS, FEATURES, ID_COLUMNS, TOKENS, RowEncoder
+from .files import reading
 from .formats import converter
 from .prompt import check_tokenizer
 from .report import DataReport
@@ -115,7 +116,11 @@ def _check_ids(arguments: DataArguments, columns: Sequence[Sequence[str]]) -> No
 def _excluded(path: str | None) -> frozenset[str]:
     if path is None:
         return frozenset()
-    return frozenset(map(str, json.loads(Path(path).expanduser().read_text())))
+    with reading(f"exclude_ids={path!r}"):
+        ids = json.loads(Path(path).expanduser().read_text())
+        if not isinstance(ids, list | dict):
+            raise ValueError("it holds neither a list of ids nor an object whose keys they are")
+    return frozenset(map(str, ids))
 
 
 def _load(

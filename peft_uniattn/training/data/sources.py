@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError
+
+from .files import reading
 
 FILE_KINDS = {
     ".json": "json",
@@ -41,7 +43,8 @@ def read(name: str, *, config: str | None = None, streaming: bool = False) -> Da
     if path.is_file():
         if kind is None:
             raise ValueError(f"dataset_name={name!r} is none of these kinds of file: {', '.join(FILE_KINDS)}")
-        return _read_file(path, kind, streaming)
+        with reading(f"dataset_name={name!r}"):
+            return _read_file(path, kind, streaming)
     try:
         return load_dataset(name, config, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -71,10 +74,7 @@ def _read_file(path: Path, kind: str, streaming: bool) -> DatasetDict | Iterable
     if rows is not None:
         train = Dataset.from_list(rows)
         return IterableDatasetDict(train=train.to_iterable_dataset()) if streaming else DatasetDict(train=train)
-    try:
-        return load_dataset(kind, data_files=str(path), streaming=streaming)
-    except DatasetGenerationError as error:
-        raise ValueError(f"dataset_name={str(path)!r} cannot be read: {error.__cause__ or error}") from error
+    return load_dataset(kind, data_files=str(path), streaming=streaming)
 
 
 def _rows_by_id(path: Path) -> list[dict] | None:
@@ -100,8 +100,8 @@ def _social_iqa(path: Path) -> list[dict]:
         names = {Path(name).name: name for name in archive.namelist() if not name.startswith("__MACOSX")}
         if not {"train.jsonl", "train-labels.lst"} <= names.keys():
             raise ValueError(
-                f"dataset_name={str(path)!r} has no train.jsonl with train-labels.lst, as SIQA's archive has; unpack "
-                "it and name the file"
+                "it has no train.jsonl with train-labels.lst, as SIQA's archive has; unpack another archive and name "
+                "the file"
             )
         rows = [json.loads(line) for line in archive.read(names["train.jsonl"]).splitlines()]
         labels = archive.read(names["train-labels.lst"]).decode().split()

@@ -10,6 +10,7 @@ from datasets import Dataset, Features, IterableDataset
 
 from .arguments import DataArguments
 from .encoding import FACTS, FEATURES, TOKENS, RowEncoder
+from .files import reading
 from .report import DataReport
 
 SHUFFLE_BUFFER = 1000
@@ -56,7 +57,8 @@ def load_stream(
         rows = splits[split]
         if arguments.max_rows is not None and split == arguments.dataset_train_split:
             rows = rows.take(arguments.max_rows)
-        columns = rows.column_names or list(next(iter(rows)))
+        with reading(f"dataset_name={name!r}"):
+            columns = rows.column_names or list(next(iter(rows)))
         encoded = rows.map(
             encoder(columns), batched=True, with_indices=True, remove_columns=columns, features=FEATURES
         )
