@@ -375,6 +375,7 @@ class TestSources:
             ("r.zip", b"none", "File is not a zip file"),
             ("r.parquet", b"none", "Parquet"),
         ],
+        ids=["cut.json.gz", "cut.csv.gz", "no.gz", "empty.jsonl", "empty.csv", "no-rows.json", "no.zip", "no.parquet"],
     )
     @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
     def test_a_damaged_file_is_named_with_what_is_wrong(self, tmp_path, tokenizer, name, content, reason, streaming):

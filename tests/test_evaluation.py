@@ -1,5 +1,6 @@
 """Accuracy by lm-eval: the questions are lm-eval's own, wherever the rows come from; the answers are the model's."""
 
+import gzip
 import json
 import zipfile
 from pathlib import Path
@@ -16,7 +17,14 @@ from typer.testing import CliRunner
 
 from peft_uniattn import to_standalone
 from peft_uniattn.cli import app
-from peft_uniattn.evaluation import PAPER_TASKS, check_has_accuracy, evaluate, load_for_evaluation, task_specs
+from peft_uniattn.evaluation import (
+    PAPER_TASKS,
+    check_has_accuracy,
+    evaluate,
+    load_for_evaluation,
+    task_questions,
+    task_specs,
+)
 from peft_uniattn.evaluation.tasks import task_manager
 
 # One row of each set as its authors publish it, and as the data set's page on the Hub shows it.
@@ -244,6 +252,58 @@ def test_what_cannot_be_asked_is_refused(arguments, error, words, data_dir):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no dev_rand_split\.jsonl"):
         task_specs(["commonsense_qa"], data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("socialIQa_v1.4_dev.jsonl", b'\n{"a": [1', "data_dir: line 2 of '{path}' cannot be read: Expecting"),
+        (
+            "socialIQa_v1.4_dev.jsonl",
+            b'{"question": "q"}',
+            "data_dir: line 1 of '{path}' cannot be read: missing 'con",
+        ),
+        (
+            "dev_rand_split.jsonl",
+            b'{"question": "q"}',
+            "data_dir: line 1 of '{path}' cannot be read: it has another shape",
+        ),
+        (
+            "phrases_no_exclude_test.jsonl",
+            b'{"question": "q", "options": {"A": "1", "B": "2", "C": "3", "D": "4"}, "answer_idx": "E"}',
+            "data_dir: line 1 of '{path}' cannot be read: 'E' is not in list",
+        ),
+        ("dev_rand_split.jsonl", b"\n", "data_dir: '{path}' is empty"),
+        ("dev.json.gz", gzip.compress(b"{}")[:-4], "data_dir: '{path}' cannot be read: Compressed file ended"),
+        ("ori_pqal.json", b'{"1": {}}', "data_dir: '{path}' cannot be read: missing 'QUESTION'"),
+        ("test_ground_truth.json", b"{", "data_dir: '{path}' cannot be read: Expecting"),
+        ("socialiqa-train-dev.zip", b"none", "data_dir: '{path}' cannot be read: File is not a zip file"),
+    ],
+    ids=[
+        "broken-line",
+        "missing-column",
+        "other-shape",
+        "unknown-letter",
+        "empty",
+        "cut.gz",
+        "missing-field",
+        "broken-json",
+        "no.zip",
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(name, content, message, data_dir):
+    path = data_dir / "below" / name
+    path.with_name(name.removesuffix(".gz")).unlink(missing_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message.format(path=path) + ".*; "):
+        task_specs(PAPER_TASKS, data_dir=data_dir)
+
+
+def test_a_line_separator_inside_a_question_ends_no_line(data_dir):
+    row = PUBLISHED_LINES["socialIQa_v1.4_dev.jsonl"][0] | {"question": "one\u2028two"}
+    path = data_dir / "below" / "socialIQa_v1.4_dev.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert task_questions(["social_iqa"], data_dir=data_dir) == {"social_iqa": ["Kim left. one\u2028two"]}
 
 
 WORDS = ["<unk>", "<pad>", "<end>", "Q:", "Kim", "left.", "Why?", "A:", "rain", "hunger", "work", "and", "so", "on"]

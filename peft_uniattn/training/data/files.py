@@ -39,6 +39,13 @@ def reading(file: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        cause = error.__cause__ or error
-        reason = f"missing {cause}" if isinstance(cause, KeyError) else str(cause) or "it is empty"
+        reason = _reason(error.__cause__ or error)
         raise ValueError(f"{file} cannot be read: {reason}; repair it, or download it again") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"missing {error}"
+    if isinstance(error, TypeError):
+        return f"it has another shape than expected ({error})"
+    return str(error) or "it is empty"
