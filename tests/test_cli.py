@@ -193,6 +193,29 @@ def test_an_unknown_task_is_named_before_the_model_is_loaded():
     assert "'no_such_task' is not known" in message and "social_iqa" in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--tasks", "nothere.yaml"), ("tasks: 'nothere.yaml': there is no such file",)),
+        (("--tasks", "broken.yaml"), ("tasks: 'broken.yaml' cannot be read", "line 1", "repair it")),
+        (("--dtype", "foo"), ("dtype='foo' is not known", "bfloat16")),
+        (("--dtype", "nn"), ("dtype='nn' is not known",)),
+        (("--max-length", "-5"), ("Invalid value for '--max-length'",)),
+        (("--output", "folder"), ("output='folder' is a folder", "'folder/results.json'")),
+        (("--output", "broken.yaml/results.json"), ("output='broken.yaml/results.json'", "choose another file")),
+    ],
+    ids=" ".join,
+)
+def test_wrong_values_of_eval_are_named_before_the_model_is_loaded(arguments, parts, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    message = refused("eval", "./no-such-model", "--tasks", "social_iqa", *arguments)
+    assert all(part in message for part in parts), message
+    assert "no-such-model" not in message
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_train_without_a_gpu_says_how_to_train_on_the_cpu(tmp_path):
     message = refused("train", "--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--bf16", "true")

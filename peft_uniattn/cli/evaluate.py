@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,9 @@ def evaluate(
         typer.Option(help="Directory with the published files of the sets. Default: the Hub.", exists=True),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Requests per forward pass.", min=1)] = 8,
-    max_length: Annotated[int | None, typer.Option(help="Longest input in tokens. Default: the model's.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest input in tokens. Default: the model's.", min=1)
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each set.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="Data type of the weights.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
@@ -41,6 +44,7 @@ def evaluate(
         peft-uniattn eval quickstart-output/model --tasks social_iqa,commonsense_qa --limit 200
     """
     with reported():
+        import torch
         import transformers
         from lm_eval.utils import make_table
 
@@ -51,6 +55,10 @@ def evaluate(
         transformers.logging.set_verbosity_error()
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         # Before the model, whose loading takes much longer.
+        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is not known; use auto, float32, bfloat16 or float16")
+        if output is not None:
+            _check_output(output)
         if h2o_budget is not None:
             Budget(h2o_budget)
         task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
@@ -78,3 +86,12 @@ def evaluate(
         if output is not None:
             write_results(results, output)
             typer.echo(f"saved: {output}")
+
+
+def _check_output(path: Path) -> None:
+    """Refuse what cannot become a file; there are results only at the end."""
+    if path.is_dir():
+        raise ValueError(f"output={str(path)!r} is a folder; name a file, such as {str(path / 'results.json')!r}")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise ValueError(f"output={str(path)!r}: {existing} is no folder that can be written to; choose another file")

@@ -7,9 +7,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from datasets import DatasetDict
 from lm_eval.tasks import TaskManager
 
+from ..training.data.files import reading
 from ..training.data.prompt import PAPER_PROMPT
 from .local_data import LOCAL_SETS
 
@@ -80,15 +82,16 @@ def task_specs(
     With `data_dir` the definitions stay lm-eval's own; only where they get their rows from is replaced.
 
     Args:
-        names: of `PAPER_TASKS`, of `CLOZE_TASKS`, or, without `data_dir`, of any task that lm-eval knows.
+        names: of `PAPER_TASKS`, of `CLOZE_TASKS`, or, without `data_dir`, of any task that lm-eval knows, or
+            files of tasks (.yaml).
         data_dir: directory with the published files, anywhere below it; None takes them from the Hub.
         num_fewshot: examples before each question; they come from the training split.
         prompt: "official", or for cloze tasks "paper": the prompt that the paper trains with (Appendix A).
 
     Raises:
         ValueError: for an unknown prompt, "paper" for a task with letters, a name that is not known, or examples from
-            a set whose training file is not in `data_dir`.
-        FileNotFoundError: if a published file is missing.
+            a set whose training file is not in `data_dir`; or a file that cannot be read.
+        FileNotFoundError: if a published file, or a task's own, is missing.
     """
     if not names:
         raise ValueError(f"tasks={list(names)} is empty; name one or more of {', '.join(PAPER_TASKS)}")
@@ -148,7 +151,9 @@ def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
     if data_dir is None:
         if name in CLOZE_TASKS:
             return {**_cloze(name), **_HUB[official]}
-        if name not in PAPER_TASKS and not _known_to_lm_eval(name):
+        if Path(name).suffix in (".yaml", ".yml"):
+            _check_definition(name)
+        elif name not in PAPER_TASKS and name not in task_manager().all_tasks:
             known = ", ".join((*PAPER_TASKS, *CLOZE_TASKS))
             raise ValueError(f"tasks: {name!r} is not known; use some of {known}, or a name from `lm-eval ls tasks`")
         return name
@@ -170,9 +175,13 @@ def _spec(name: str, data_dir: str | Path | None, num_fewshot: int) -> Any:
     return {"group": f"{name}_local", "task": [{"task": name, **overrides}]}
 
 
-def _known_to_lm_eval(name: str) -> bool:
-    index = task_manager()
-    return name in index.all_tasks or Path(name).suffix in (".yaml", ".yml")
+def _check_definition(name: str) -> None:
+    """Refuse a file of a task that is not there, or no YAML; what it says, lm-eval checks."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"tasks: {name!r}: there is no such file; check its path")
+    with reading(f"tasks: {name!r}"):
+        yaml.compose(path.read_text())
 
 
 def _question(name: str, task: Any, doc: dict[str, Any]) -> str:

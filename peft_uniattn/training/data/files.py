@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import yaml
 from datasets.exceptions import DatasetGenerationError
 
 # What readers raise for contents that are not as they expect; the errors of JSON, Arrow, pandas and Unicode are
@@ -21,6 +22,7 @@ _DAMAGE = (
     zlib.error,
     gzip.BadGzipFile,
     zipfile.BadZipFile,
+    yaml.YAMLError,
     DatasetGenerationError,
 )
 
