@@ -12,6 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from peft_uniattn.cli import app
+from peft_uniattn.cli.errors import reported
 from peft_uniattn.training.arguments import parse_arguments
 
 runner = CliRunner()
@@ -125,6 +126,12 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch, t
     result = runner.invoke(app, ["plan", "tiny", "--plot", str(tmp_path / "plan.svg")])
     assert result.exit_code == 1
     assert "this needs matplotlib, which is not installed; pip install 'peft-uniattn[analysis]'" in result.stderr
+
+
+def test_a_file_that_ends_too_early_is_an_error_that_says_so(capsys):
+    with pytest.raises(SystemExit, match="1"), reported():
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")  # as gzip raises it
+    assert "error: Compressed file ended" in capsys.readouterr().err
 
 
 def test_bad_input_leaves_no_output_directory(tmp_path):

@@ -33,7 +33,7 @@ def reported(continue_with: str | None = None) -> Iterator[None]:
             err=True,
         )
         sys.exit(1)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, EOFError) as error:  # a .gz cut short, met in the middle of a stream
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         sys.exit(1)
     except KeyboardInterrupt:
