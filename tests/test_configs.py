@@ -292,6 +292,7 @@ def from_yaml(tmp_path):
         ("superblocks: [0-2, 3-4]", ["--superblocks", "0-2,3-4"]),
         ("superblocks: []", []),
         ("stages: [calibrate, stage1]", ["--stages", "calibrate,stage1"]),
+        ("distillation_stages: [stage1, stage2]", ["--distillation_stages", "stage1,stage2"]),
         ("dropped_layers: 4\nmethod: llmdrop\nstages: [stage2]", [*LLMDROP_FLAGS, "--dropped_layers", "4"]),
         ("dropped_layers: [4, 2]\nmethod: llmdrop\nstages: stage2", [*LLMDROP_FLAGS, "--dropped_layers", "4,2"]),
     ],

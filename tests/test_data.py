@@ -260,6 +260,16 @@ class TestFormats:
         assert sorted(answer for _, answer in texts(data.train, tokenizer)) == ["a0</s>", "a2</s>"]
         assert data.report.skipped == {"excluded id": 1}
 
+    def test_ids_that_no_row_has_are_warned_of(self, load, tmp_path):
+        (tmp_path / "test.json").write_text('["x"]')
+        with pytest.warns(UserWarning, match=r"exclude_ids=.* names 1 ids, and no row .*: nothing is left out"):
+            load([{"id": 1, "question": "q", "answer": "a"}], exclude_ids=str(tmp_path / "test.json"))
+
+    def test_a_passage_that_is_a_text_is_one_passage(self, load, tokenizer):
+        row = {"QUESTION": "Does it?", "CONTEXTS": "One passage.", "final_decision": "yes"}
+        ((text, _),) = texts(load([row]).train, tokenizer)
+        assert "One passage.\n\nDoes it?" in text
+
     def test_excluding_without_a_column_of_ids_is_refused(self, load, tmp_path):
         (tmp_path / "test.json").write_text("[1]")
         with pytest.raises(ValueError, match=r"exclude_ids=.*'id' or 'pubid'"):
@@ -386,7 +396,8 @@ class TestSources:
             load_data(arguments, tokenizer, max_length=2000, seed=0)
 
     @pytest.mark.parametrize(
-        ("content", "reason"), [('["1" "2"]', "Expecting ',' delimiter"), ("1", "neither a list")]
+        ("content", "reason"),
+        [('["1" "2"]', "Expecting ',' delimiter"), ("1", "neither a list"), ('[{"id": 1}]', "neither a list")],
     )
     def test_ids_that_cannot_be_read_are_named_with_their_file(self, load, tmp_path, content, reason):
         path = tmp_path / "test.json"

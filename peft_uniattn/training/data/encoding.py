@@ -14,6 +14,8 @@ from .prompt import encode
 
 IGNORE = -100
 ID_COLUMNS = ("id", "pubid")
+# Why a row with one of these ids is left out.
+EXCLUDED = "excluded id"
 TOKENS = {"input_ids": List(Value("int64")), "labels": List(Value("int64"))}
 # Beside the tokens: what `DataReport` counts.
 FACTS = {
@@ -70,7 +72,7 @@ class RowEncoder:
         }
         try:
             if self.excluded and _id(row) in self.excluded:
-                raise SkippedRow("excluded id")
+                raise SkippedRow(EXCLUDED)
             example = self.convert(row)
             if example.history and self.prompt_style == "paper":  # it has no place for earlier messages
                 raise SkippedRow(NOT_ONE_ROUND)

@@ -173,6 +173,7 @@ def _pubmedqa(row: Row) -> tuple[str, list[str], str]:
     else:
         question, passages = _required(row, "question"), _required(row, "context")["contexts"]
     choices = {name: name for name in ("yes", "no", "maybe")}
+    passages = [passages] if isinstance(passages, str) else passages
     abstract = "\n".join(_text(passage, "contexts") for passage in passages)
     return (
         f"{abstract}\n\n{_text(question, 'question')}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
-from .encoding import FACTS, FEATURES, ID_COLUMNS, TOKENS, RowEncoder
+from .encoding import EXCLUDED, FACTS, FEATURES, ID_COLUMNS, TOKENS, RowEncoder
 from .files import reading
 from .formats import converter
 from .prompt import check_tokenizer
@@ -83,6 +84,12 @@ def load_data(
         train, test, report = (load_stream if arguments.dataset_streaming else _load)(
             sources, arguments, encoder, seed, num_proc
         )
+    if excluded and not arguments.dataset_streaming and EXCLUDED not in report.skipped:
+        warnings.warn(
+            f"exclude_ids={arguments.exclude_ids!r} names {len(excluded)} ids, and no row that was read has one of "
+            f"them as its {' or '.join(map(repr, ID_COLUMNS))}: nothing is left out",
+            stacklevel=2,
+        )
     return LoadedData(train, test, report)
 
 
@@ -118,7 +125,7 @@ def _excluded(path: str | None) -> frozenset[str]:
         return frozenset()
     with reading(f"exclude_ids={path!r}"):
         ids = json.loads(Path(path).expanduser().read_text())
-        if not isinstance(ids, list | dict):
+        if not isinstance(ids, list | dict) or not all(isinstance(one, str | int) for one in ids):
             raise ValueError("it holds neither a list of ids nor an object whose keys they are")
     return frozenset(map(str, ids))
 

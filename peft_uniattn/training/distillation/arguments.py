@@ -52,6 +52,8 @@ class DistillationArguments:
             raise ValueError(
                 f"distillation_attention_weight={self.distillation_attention_weight} must be 0 (off) or positive"
             )
+        if isinstance(self.distillation_stages, list):  # of a YAML file
+            self.distillation_stages = ",".join(map(str, self.distillation_stages))
         names = [name.strip() for name in self.distillation_stages.split(",")]
         if not set(names) <= set(STAGES):
             raise ValueError(
