@@ -25,6 +25,8 @@ from peft_uniattn.evaluation import (
     task_questions,
     task_specs,
 )
+from peft_uniattn.evaluation.compressed import H2OLanguageModel
+from peft_uniattn.evaluation.language_model import LanguageModel
 from peft_uniattn.evaluation.tasks import task_manager
 
 # One row of each set as its authors publish it, and as the data set's page on the Hub shows it.
@@ -329,6 +331,14 @@ def test_accuracy_is_that_of_the_likeliest_answer(seed, data_dir):
     model, tokenizer = tiny_model(seed=seed, dtype=torch.float32), word_tokenizer()
     results = evaluate(model, tokenizer, ["social_iqa"], data_dir=data_dir)
     assert results["results"]["social_iqa"]["acc,none"] == float(best_answer(model, tokenizer) == 1)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5], ids=["whole", "h2o"])
+def test_an_answer_longer_than_an_input_may_be_is_refused(budget):
+    options = {"pretrained": tiny_model(dtype=torch.float32), "tokenizer": word_tokenizer(), "max_length": 2}
+    language_model = LanguageModel(**options) if budget is None else H2OLanguageModel(budget=budget, **options)
+    with pytest.raises(ValueError, match="max_length=2 has no room for an answer of 3 tokens"):
+        language_model._loglikelihood_tokens([(("w1", "w2"), [1], [2]), (("w1", "w2 w3 w4"), [1], [2, 3, 4])])
 
 
 def test_results_hold_no_rows_of_the_data(data_dir, caplog):

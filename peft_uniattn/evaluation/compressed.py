@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..eviction import H2OCache, h2o
-from .language_model import LanguageModel
+from .language_model import LanguageModel, Request
 
 # Requests at a time for each that a forward over whole texts would have, whose logits fill its memory.
 _MORE = 4
@@ -44,11 +44,12 @@ class H2OLanguageModel(LanguageModel):
 
     def _loglikelihood_tokens(
         self,
-        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        requests: Sequence[Request],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """Sum of the log-probabilities of each answer's tokens, and whether each was the most probable one."""
+        self._check_room(requests)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         # Too long ones are cut from the left, as lm-eval does.
         asked = [

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from lm_eval.models.huggingface import HFLM
+
+# Context and answer as text, and the tokens of both.
+Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class LanguageModel(HFLM):
@@ -23,3 +29,15 @@ class LanguageModel(HFLM):
             return before, after
         answer = whole[len(context.rstrip()) :]  # lm-eval counts blanks at a prompt's end as the answer's
         return before, self.tok_encode(answer, add_special_tokens=False)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], *args: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        self._check_room(requests)
+        return super()._loglikelihood_tokens(requests, *args, **options)
+
+    def _check_room(self, requests: Sequence[Request]) -> None:
+        """Raise ValueError, where lm-eval fails without a word, if an answer has no room. Contexts are cut."""
+        longest = max((len(answer) for *_, answer in requests), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"max_length={self.max_length} has no room for an answer of {longest} tokens; use more")
