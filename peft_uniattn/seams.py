@@ -18,6 +18,7 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
             "_create_and_replace",
             "_get_adapter_state_dict",
             "_prepare_adapter_config",
+            "_remap_adapter_state_dict_for_load",
             "_replace_module",
             "_unload_and_optionally_merge",
             "inject_adapter",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,6 +58,7 @@ def to_standalone(
         base = adapter.base
         share_weights = True
 
+    _check_no_other_tuner(base)
     state = _standalone_state(adapter)
     if any(tensor.is_meta for tensor in state.values()):
         raise ValueError("the model or its adapter has weights on the meta device; load them before converting")
@@ -73,6 +76,15 @@ def to_standalone(
         parameter.requires_grad_(parameter.is_floating_point())
     standalone.generation_config = copy.deepcopy(base.generation_config)
     return standalone.train(base.training)
+
+
+def _check_no_other_tuner(base: PreTrainedModel) -> None:
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, (AttentionTunerLayer, TrainableTokensLayer)):
+            raise ValueError(
+                f"{name} is a layer of another adapter ({type(module).__name__}), which has no place in a standalone "
+                "model; merge_and_unload() that one first, or put it on the standalone model instead"
+            )
 
 
 def _embeddings_are_equal(adapter: Adapter, state: dict[str, torch.Tensor]) -> bool:
@@ -211,6 +223,9 @@ def _plain_state(adapter: Adapter) -> dict[str, torch.Tensor]:
     return state
 
 
+_NOTED_BY_ROPE = ("max_seq_len_cached", "attention_scaling")
+
+
 def _copy_buffers(base: PreTrainedModel, standalone: PreTrainedModel) -> None:
     """Give buffers that are not saved, such as RoPE's frequencies, to a model that was made without data."""
     owners = dict(standalone.named_modules())
@@ -219,3 +234,8 @@ def _copy_buffers(base: PreTrainedModel, standalone: PreTrainedModel) -> None:
         owner = owners.get(owner_name)  # None inside PEFT's own wrappers
         if owner is not None and buffer_name in owner._buffers:
             owner._buffers[buffer_name] = buffer.clone()
+    # What belongs to them: "dynamic" RoPE notes the longest text it has seen, and shrinks its frequencies by that.
+    for name, module in base.named_modules():
+        if (owner := owners.get(name)) is not None:
+            noted = {key: value for key, value in vars(module).items() if key.endswith(_NOTED_BY_ROPE)}
+            vars(owner).update(noted)

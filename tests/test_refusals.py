@@ -20,7 +20,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from peft_uniattn import UniAttnConfig, UniAttnLayer, to_standalone
+from peft_uniattn import CLAConfig, UniAttnConfig, UniAttnLayer, to_standalone
 
 SMALL = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 GOOD = {"superblocks": [[1, 2], [3, 4]]}
@@ -344,3 +344,40 @@ def test_changing_to_an_unsupported_back_end_is_refused_at_the_next_call(make, i
     getattr(model, "base_model", model).set_attn_implementation("paged|eager")
     with pytest.raises(ValueError, match=matches("attn_implementation='paged|eager'", "eager, sdpa")):
         model(ids)
+
+
+def test_a_second_plan_under_the_same_name_is_refused_and_the_first_kept():
+    base = tiny_model()
+    first = tiny_adapter(base, superblocks=[[0, 1, 2]])
+    ids = conftest.prompt()
+    before = conftest.logits(first, ids)
+    with pytest.raises(
+        ValueError, match=r"adapter_name='default': this model has an adapter of that name.*unload\(\)"
+    ):
+        get_peft_model(base, UniAttnConfig(superblocks=[[3, 4]]))
+    assert first.peft_config["default"].superblocks == [[0, 1, 2]]
+    assert torch.equal(conftest.logits(first, ids), before)
+    assert get_peft_model(first.unload(), UniAttnConfig(superblocks=[[3, 4]]))(ids).logits.shape == before.shape
+
+
+def test_another_method_on_other_layers_is_refused():
+    base = tiny_model()
+    tiny_adapter(base, superblocks=[[0, 1, 2]])
+    with pytest.raises(
+        ValueError, match="has a UniAttn adapter already, and a CLA adapter cannot be put around or beside"
+    ):
+        get_peft_model(base, CLAConfig(superblocks=[[3, 4]]), adapter_name="second")
+
+
+def test_batches_of_several_adapters_are_refused():
+    model = tiny_adapter()
+    for call in (model, model.generate):
+        with pytest.raises(
+            ValueError, match=r"adapter_names=\['__base__', 'default'\]: a UniAttn adapter answers all"
+        ):
+            call(input_ids=conftest.prompt(), adapter_names=["__base__", "default"])
+
+
+def test_unloading_twice_is_unloading_once():
+    model = tiny_adapter()
+    assert model.unload() is model.unload()

@@ -367,3 +367,44 @@ def test_an_impossible_configuration_file_is_refused_by_field(field, tmp_path):
     [name] = field
     with pytest.raises(ValueError, match=name):
         loaded(tmp_path)
+
+
+def without_a_layer(tensors):
+    tensors.pop(max(tensors))
+
+
+def with_a_weight_of_the_base(tensors):
+    tensors["base_model.model.model.layers.5.mlp.down_proj.weight"] = torch.zeros(32, 48)
+
+
+@pytest.mark.parametrize(
+    ("other", "change", "words"),
+    [
+        ({}, without_a_layer, "lack 'model.layers.2.self_attn"),
+        ({}, with_a_weight_of_the_base, "hold 'model.layers.5.mlp.down_proj.weight'"),
+        ({"superblocks": [[3, 4, 5]]}, None, "lack 'model.layers.1.self_attn"),
+        ({"superblocks": [[0, 1, 2], [3, 4]]}, None, "hold 'model.layers.4.self_attn"),
+        ({"r": 4}, None, "lack 'model.layers.1.self_attn.uniattn_W.weight'"),
+    ],
+    ids=["missing", "of-the-base", "other-layers", "more-layers", "low-rank"],
+)
+def test_weights_for_an_adapter_that_is_there_are_its_own(other, change, words, tmp_path):
+    """As a trainer loads them to resume, and at the end for the best model."""
+    tiny_adapter(seed=5, **{"superblocks": [[0, 1, 2]], **other}).save_pretrained(tmp_path)
+    if change:
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = tiny_adapter(superblocks=[[0, 1, 2]])
+    before = weights(model)
+    with pytest.raises(ValueError, match=rf"adapter 'default' is \[0-2\], and the weights to load into it {words}"):
+        model.load_adapter(tmp_path, "default")
+    assert not changed(before, weights(model))
+
+
+def test_weights_of_the_same_configuration_replace_those_of_an_adapter(tmp_path):
+    saved = tiny_adapter(seed=5, modules_to_save=["lm_head"])
+    saved.save_pretrained(tmp_path)
+    model = tiny_adapter(modules_to_save=["lm_head"])
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(conftest.logits(model, prompt()), conftest.logits(saved, prompt()))

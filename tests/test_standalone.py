@@ -620,3 +620,24 @@ def test_it_asks_for_fewer_operations_than_its_base(tokens, r):
             each(torch.arange(tokens)[None], past_key_values=cache, use_cache=True)
         counts.append(operations.number)
     assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize("convert", [to_standalone, lambda model: model.merge_and_unload()], ids=["copy", "merge"])
+def test_frequencies_that_a_long_text_has_stretched_shrink_again(convert):
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = tiny_adapter(loud(tiny_model(max_position_embeddings=32, rope_parameters=dynamic)))
+    expected = logits(model, prompt())
+    logits(model, prompt(length=60))
+    assert torch.equal(logits(convert(model), prompt()), expected)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["lora-below", "lora-above"])
+def test_another_adapter_in_the_way_of_a_conversion_is_named(inside):
+    lora = LoraConfig(target_modules=["down_proj"], r=2)
+    model = tiny_adapter(get_peft_model(tiny_model(), lora).base_model.model) if inside else tiny_adapter()
+    if not inside:
+        get_peft_model(model.base_model.model, lora, adapter_name="other")
+    with pytest.raises(
+        ValueError, match=r"mlp.down_proj is a layer of another adapter.*; merge_and_unload\(\) that one"
+    ):
+        to_standalone(model)

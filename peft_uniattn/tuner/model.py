@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..handover import install_handover, remove_handover
 from ..inspection import uniattn_layers
 from ..plan import Plan, shortened
 from .config import AttentionConfig
-from .files import Shapes, check_weight_file, optional_shapes, shapes_of_extra_parts
+from .files import PREFIX, Shapes, check_weight_file, optional_shapes, shapes_of_extra_parts
 from .layer import AttentionTunerLayer
 
 
@@ -48,6 +50,10 @@ class AttentionTuner(BaseTuner):
     # What an adapter file holds, for messages.
     adapter_content: str
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        _check_adapter_is_new(model, adapter_name)  # before PEFT notes the new configuration in place of the old one
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: AttentionConfig, model_config: dict) -> AttentionConfig:
         config = self._text_config()
         decoder = find_decoder(self.model, find_family(config))
@@ -60,7 +66,7 @@ class AttentionTuner(BaseTuner):
         _check_targets(peft_config, targets)
         _check_modules_to_save(peft_config, self.model, targets)
         _check_not_offloaded(decoder, plan)
-        _check_no_other_method(decoder, plan, self.tuner_layer_cls)
+        _check_no_other_method(self.model, self.tuner_layer_cls)
         if folder := peft_config.weights_folder():
             expected = self._saved_shapes(peft_config, decoder, plan)
             check_weight_file(folder, expected, optional_shapes(peft_config, self.model))
@@ -79,7 +85,11 @@ class AttentionTuner(BaseTuner):
 
     def _saved_shapes(self, peft_config: AttentionConfig, decoder: Decoder, plan: Plan) -> Shapes:
         """Shapes of what an adapter file for `peft_config` has to hold, by name in the model."""
-        shapes = shapes_of_extra_parts(peft_config, self.model)
+        return {**shapes_of_extra_parts(peft_config, self.model), **self._own_shapes(peft_config, decoder, plan)}
+
+    def _own_shapes(self, peft_config: AttentionConfig, decoder: Decoder, plan: Plan) -> Shapes:
+        """The same without `modules_to_save` and trained tokens."""
+        shapes: Shapes = {}
         hidden_size = self._text_config().hidden_size
         for layer in (*plan.followers, *plan.dropped):
             attention = decoder.attention(layer)
@@ -181,6 +191,8 @@ class AttentionTuner(BaseTuner):
         if merge:
             raise self.tuner_layer_cls.merge_refusal()
         layers = uniattn_layers(self.model)
+        if not layers:  # unloaded before
+            return self.model
         backbone = find_decoder(self.model, layers[0].family).backbone
         model = super()._unload_and_optionally_merge(False, *args, **kwargs)
         for layer in layers:
@@ -188,6 +200,47 @@ class AttentionTuner(BaseTuner):
         remove_handover(backbone)
         del model.init_continuous_batching
         return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={shortened(repr(kwargs['adapter_names']))}: a {self.tuner_layer_cls.method} adapter "
+                "answers all rows of a batch; call set_adapter(), or disable_adapter(), and give it one batch each"
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AttentionConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # Also for an adapter that is there already, whose file nobody has looked at: PEFT would leave out what does
+        # not fit, and overwrite weights of the base. Of processes that hold no weights, none are asked for.
+        if isinstance(tuner := getattr(model, "base_model", None), AttentionTuner) and state_dict:
+            tuner._check_loaded_names(config, adapter_name, set(state_dict))
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+
+    def _check_loaded_names(self, config: AttentionConfig, adapter_name: str, names: set[str]) -> None:
+        """Raise ValueError unless `names` are those of an adapter like the one that they are loaded into."""
+        text_config = self._text_config()
+        decoder = find_decoder(self.model, find_family(text_config))
+        plan = config.make_plan(text_config.num_hidden_layers, getattr(text_config, "layer_types", None))
+        names = {name.removeprefix(PREFIX) for name in names}
+        expected = set(self._own_shapes(config, decoder, plan))
+        wrappers = tuple(
+            f"{name}." for name, module in self.model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+        )
+        others = names - expected - set(optional_shapes(config, self.model))
+        wrong = sorted(expected - names) or sorted(name for name in others if not name.startswith(wrappers))
+        if wrong:
+            have = "lack" if wrong[0] in expected else "hold"
+            raise ValueError(
+                f"adapter {adapter_name!r} is {plan}, and the weights to load into it {have} "
+                f"{shortened(repr(wrong[0]))}: they are of another adapter; give another adapter_name, or weights of "
+                "the same configuration"
+            )
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -233,6 +286,15 @@ def _check_adapter_name(name: str) -> None:
         )
 
 
+def _check_adapter_is_new(model: nn.Module, name: str) -> None:
+    # The layers of both plans would be wrapped then, and neither adapter be what its configuration says.
+    if any(name in layer.uniattn_leader for layer in uniattn_layers(model)):
+        raise ValueError(
+            f"adapter_name={name!r}: this model has an adapter of that name from an earlier call; unload() that one "
+            "first, load the base anew, or give another name to add_adapter()"
+        )
+
+
 def _check_layout(peft_config: AttentionConfig, layout: dict[str, int | str]) -> None:
     saved = peft_config.base_layout
     if saved is not None and saved != layout:
@@ -271,13 +333,13 @@ def _check_modules_to_save(peft_config: AttentionConfig, model: nn.Module, targe
             )
 
 
-def _check_no_other_method(decoder: Decoder, plan: Plan, layer_class: type[AttentionTunerLayer]) -> None:
-    for layer in plan.role_of:
-        attention = decoder.attention(layer)
-        if isinstance(attention, AttentionTunerLayer) and not isinstance(attention, layer_class):
+def _check_no_other_method(model: nn.Module, layer_class: type[AttentionTunerLayer]) -> None:
+    # Anywhere, also where the two concern different layers: one hand-over and one standalone model have one method.
+    for attention in uniattn_layers(model):
+        if not isinstance(attention, layer_class):
             raise ValueError(
-                f"decoder layer {layer} has a {attention.method} adapter already, and a {layer_class.method} adapter "
-                "cannot be put around it; unload that one first"
+                f"decoder layer {attention.layer_idx} has a {attention.method} adapter already, and a "
+                f"{layer_class.method} adapter cannot be put around or beside it; unload that one first"
             )
 
 
