@@ -58,12 +58,16 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".: ")
 
 
+# Far more than any model has, and few enough to be listed.
+_MOST_LAYERS = 10_000
+
+
 def parse_superblocks(text: str) -> list[list[int]]:
     """
     Superblocks from a text such as "16-19,20-23" (first and last layer of each, counted from 0).
 
     Raises:
-        ValueError: if it is not of that form, or if a range has fewer than two layers.
+        ValueError: if it is not of that form, or if a range has fewer than two layers or more than any model.
     """
     blocks = []
     for part in text.split(","):
@@ -76,6 +80,11 @@ def parse_superblocks(text: str) -> list[list[int]]:
         if int(last) <= int(first):
             raise ValueError(
                 f"superblocks={text!r}: {part!r} has no follower; it needs 2 layers or more, lowest first"
+            )
+        if int(last) >= _MOST_LAYERS:
+            raise ValueError(
+                f"superblocks={text!r}: {part!r} names layer {int(last)}, and no model has more than {_MOST_LAYERS:,} "
+                "layers; give first and last layer of each, such as '16-19,20-23'"
             )
         blocks.append(list(range(int(first), int(last) + 1)))
     return blocks

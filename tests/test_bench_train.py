@@ -131,6 +131,13 @@ def test_bad_input_ends_in_one_sentence(arguments, message):
     assert "Traceback" not in run.output
 
 
+def test_a_superblock_without_followers_is_refused_before_anything_is_timed(monkeypatch):
+    monkeypatch.setattr(TrainBenchmark, "run", lambda self: pytest.fail("measured"))
+    run = CliRunner().invoke(app, ["bench", "train", *ARGUMENTS, "--superblock-size", "1"])
+    assert run.exit_code == 1
+    assert "superblock_size=1" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("shape", "parameters"),
     [  # as published with each model

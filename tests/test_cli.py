@@ -183,6 +183,10 @@ def test_a_checkpoint_without_a_tokenizer_is_named_before_its_weights_are_read(c
     [
         (("plan", "tiny", "--superblocks", "3-40"), ("superblocks=[[3, 4, …, 40]] names layer 40",)),
         (("plan", "tiny", "--superblocks", "6-4"), ("superblocks='6-4'", "2 layers or more, lowest first")),
+        (
+            ("plan", "tiny", "--superblocks", "0-12345"),
+            ("superblocks='0-12345'", "no model has more than 10,000 layers"),
+        ),
         (("reproduce", "--output-dir", "out", "--seeds", "0,b"), ("seeds='0,b'", "such as 0,1,2")),
         (("analyze", "show", "no-such.json"), ("no-such.json", "does not exist")),
     ],

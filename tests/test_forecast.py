@@ -200,6 +200,9 @@ def test_a_plot_is_drawn(tmp_path):
         ([TINY, "--dtype", "int4"], "dtype='int4' is not counted; use one of"),
         ([TINY, "--gb-per-s", "0"], "gb_per_s=0.0 must be above 0"),
         ([TINY, "--weight-bits", "-4"], "weight_bits=-4.0 must be above 0"),
+        ([TINY, "--gb-per-s", "nan"], "gb_per_s=nan must be above 0 and finite"),
+        ([TINY, "--cache-bits", "nan"], "cache_bits=nan must be above 0 and finite"),
+        ([TINY, "--weight-bits", "inf"], "weight_bits=inf must be above 0 and finite"),
         ([TINY, "--plot", "plan.doc"], "ends in no known format"),
     ],
 )

@@ -250,6 +250,8 @@ def test_a_cache_target_means_the_fewest_followers_that_keep_to_it(layers, targe
         ({"followers": 2, "kv_target": 0.8}, "give one of the two"),
         ({"followers": 0}, "followers=0 must be"),
         ({"kv_target": 0.5}, "kv_target=0.5 must be above 0.5"),
+        ({"kv_target": "0.8"}, "kv_target='0.8' must be a number"),
+        ({"kv_target": True}, "kv_target=True must be a number"),
         ({"followers": 6}, "followers=6 do not fit"),
         ({"followers": 2, "method": "magic"}, "method='magic'"),
         ({"followers": 2, "max_size": 1}, "max_size=1 must be"),

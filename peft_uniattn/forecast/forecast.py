@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ class Serving:
     def __post_init__(self) -> None:
         for name in ("batch_size", "context", "gb_per_s", "weight_bits", "cache_bits"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be above 0")
+            if value is not None and not 0 < value < math.inf:  # which NaN is not either
+                raise ValueError(f"{name}={value} must be above 0 and finite")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not counted; use one of {', '.join(DTYPES)}")
 

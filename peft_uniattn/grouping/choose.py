@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,6 +187,8 @@ def followers_for(num_layers: int, *, followers: int | None = None, kv_target: f
         if isinstance(followers, bool) or not isinstance(followers, int) or followers < 1:
             raise ValueError(f"followers={followers!r} must be an integer of 1 or more")
         return followers
+    if isinstance(kv_target, bool) or not isinstance(kv_target, Real):
+        raise ValueError(f"kv_target={kv_target!r} must be a number, such as 0.8")
     if not 0.5 < kv_target < 1:
         raise ValueError(
             f"kv_target={kv_target!r} must be above 0.5 and below 1: followers keep their values, so sharing softmax "

@@ -49,9 +49,12 @@ def train(
     with reported():
         # Only now: torch and transformers take seconds that --help should not.
         from ...bench.train import TrainBenchmark
+        from ...plan import check_superblock_size
         from ...training.journal import write_atomically
 
         settings = {name: value for name, value in locals().items() if name in TrainBenchmark.__dataclass_fields__}
+        # A contender that shares softmax would refuse it too, but only after full fine-tuning was timed.
+        check_superblock_size(superblock_size)
         benchmark = TrainBenchmark(**settings)
         result = {"command": shlex.join(["peft-uniattn", *sys.argv[1:]]), **benchmark.run()}
         _print_table(result)
