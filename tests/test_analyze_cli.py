@@ -12,6 +12,7 @@ from conftest import loud, tiny_model
 from typer.testing import CliRunner
 from word_tokenizer import word_tokenizer
 
+from peft_uniattn.analysis.record import Record
 from peft_uniattn.cli import app
 
 ENTRIES = {"superblocks", "size", "followers", "kv_retain_rate", "loss_uncompensated", "loss", "accuracy"}
@@ -201,6 +202,31 @@ def test_compensation_compares_methods_and_ranks_fitted_and_held_out(results):
 def test_bad_input_ends_in_one_sentence(workplace, command, arguments, message):
     common = ("--model", workplace / "model", "--dataset", workplace / "book.txt", "--length", 16, "--sequences", 4)
     check_refused(analyze(command, *common, *arguments), message)
+
+
+@pytest.mark.parametrize("command", RUNS)
+@pytest.mark.parametrize("option", ["output", "plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_loaded(workplace, tmp_path, command, option):
+    required = ("--followers", 2) if command == "plan" else ()
+    (tmp_path / "folder.svg").mkdir()
+    for path, why in (
+        (tmp_path / "folder.svg", f"is a folder; name a file, such as '{tmp_path / 'folder.svg' / 'results.svg'}'"),
+        (workplace / "book.txt" / "new.svg", f": {workplace / 'book.txt'} is no folder that can be written to"),
+    ):
+        result = analyze(command, "--model", "no/such-model", *required, f"--{option}", path)
+        check_refused(result, f"{option}='{path}'")
+        check_refused(result, why)
+
+
+def test_a_table_is_printed_though_its_result_cannot_be_written(workplace, tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Record, "save", full)
+    common = ("--model", workplace / "model", "--dataset", workplace / "book.txt", "--length", 16, "--sequences", 4)
+    result = analyze("similarity", *common, "--output", tmp_path / "result.json")
+    check_refused(result, "no space left")
+    assert "averages over heads" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize("command", RUNS)

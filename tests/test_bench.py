@@ -18,9 +18,11 @@ from peft_uniattn.bench.contenders import Contender, Models, medians
 from peft_uniattn.bench.decode import DecodeBenchmark, random_cache, shared_cache, without_masks
 from peft_uniattn.bench.memory import MemoryBenchmark
 from peft_uniattn.bench.simulated import _draw
+from peft_uniattn.bench.train import TrainBenchmark
 from peft_uniattn.bench.ttft import TtftBenchmark, ratios
 from peft_uniattn.bench.work import work
 from peft_uniattn.cli import app
+from peft_uniattn.cli.bench import report
 from peft_uniattn.cli.bench.report import print_contenders
 
 TINY = Models(shape="tiny", dtype="float32", device="cpu", rank=4)
@@ -298,3 +300,37 @@ def test_the_times_so_far_are_saved_after_every_length():
     saved = []
     TtftBenchmark(TINY, (16, 32), rounds=1).run(lambda result: saved.append(json.loads(json.dumps(result))["lengths"]))
     assert [[row["length"] for row in lengths] for lengths in saved] == [[16], [16, 32]]
+
+
+@pytest.mark.parametrize("command", ["ttft", "decode", "memory", "train"])
+@pytest.mark.parametrize(
+    ("output", "message"), [("folder", "output='folder' is a folder"), ("file/a.json", "output='file/a.json': ")]
+)
+def test_an_output_that_cannot_become_a_file_is_refused_before_a_model_is_built(
+    command, output, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for benchmark, method in ((Models, "build"), (TrainBenchmark, "run")):
+        monkeypatch.setattr(benchmark, method, lambda self: pytest.fail("measured"))
+    result = CliRunner().invoke(app, ["bench", command, "--shape", "tiny", "--device", "cpu", "--output", output])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_the_folder_of_an_output_is_made(tmp_path):
+    output = tmp_path / "new" / "folder" / "memory.json"
+    result = document("memory", "--shape", "tiny", "--device", "cpu", "--length", "8", "--output", str(output))
+    assert json.loads(output.read_text()) == result
+
+
+def test_the_document_is_printed_though_it_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def full(path, text):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "write_atomically", full)
+    with pytest.raises(OSError, match="no space left"):
+        report.finish({"benchmark": "memory"}, tmp_path / "memory.json")
+    assert json.loads(capsys.readouterr().out)["benchmark"] == "memory"

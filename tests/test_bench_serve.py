@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from peft_uniattn.bench.serve import cache_report, rows
+from peft_uniattn.bench.serve import ServeBenchmark, cache_report, rows
 from peft_uniattn.cli import app
 from peft_uniattn.serving import server
 
@@ -58,6 +58,14 @@ def test_a_folder_without_a_checkpoint_is_refused(folder, tmp_path, monkeypatch)
     result = CliRunner().invoke(app, ["bench", "serve", folder, str(tmp_path / "nothing")])
     assert result.exit_code == 1
     assert "has no config.json" in result.output
+
+
+def test_an_output_that_is_a_folder_is_refused_before_a_server_starts(folder, monkeypatch):
+    monkeypatch.setattr(sys.modules["peft_uniattn.cli.bench.serve"], "find_spec", lambda name: True)
+    monkeypatch.setattr(ServeBenchmark, "run", lambda self: pytest.fail("measured"))
+    result = CliRunner().invoke(app, ["bench", "serve", folder, folder, "--output", folder])
+    assert result.exit_code == 1
+    assert f"output='{folder}' is a folder" in result.output
 
 
 @pytest.mark.parametrize(("run", "room"), [("", "10.00x"), ("_second", "10.00x"), ("_quiet", "9.00x")])

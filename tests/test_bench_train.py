@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import weakref
 
 import pytest
@@ -112,6 +113,20 @@ def test_the_last_line_is_the_document_that_is_written(tmp_path):
     assert document["settings"]["seed"] == 0
     assert {"device", "torch", "transformers", "peft"} <= document["conditions"].keys()
     assert all(math.isfinite(row["step_seconds"]) for row in document["contenders"].values())
+
+
+def test_the_document_is_printed_though_it_cannot_be_written(tmp_path, monkeypatch):
+    def measured_until_the_folder_is_gone(self):
+        shutil.move(folder, tmp_path / "elsewhere")
+        folder.touch()
+        return {"settings": vars(self), "conditions": {}, "contenders": {}, "goals": []}
+
+    folder = tmp_path / "results"
+    folder.mkdir()
+    monkeypatch.setattr(TrainBenchmark, "run", measured_until_the_folder_is_gone)
+    run = CliRunner().invoke(app, ["bench", "train", *ARGUMENTS, "--output", str(folder / "train.json")])
+    assert run.exit_code == 1
+    assert json.loads(run.stdout.splitlines()[-1])["contenders"] == {}
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .errors import reported
+from .output import check_output
 
 
 def evaluate(
@@ -57,8 +57,7 @@ def evaluate(
         # Before the model, whose loading takes much longer.
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r} is not known; use auto, float32, bfloat16 or float16")
-        if output is not None:
-            _check_output(output)
+        check_output(output)
         if h2o_budget is not None:
             Budget(h2o_budget)
         task_specs(names, data_dir=data_dir, num_fewshot=num_fewshot, prompt=prompt)
@@ -86,12 +85,3 @@ def evaluate(
         if output is not None:
             write_results(results, output)
             typer.echo(f"saved: {output}")
-
-
-def _check_output(path: Path) -> None:
-    """Refuse what cannot become a file; there are results only at the end."""
-    if path.is_dir():
-        raise ValueError(f"output={str(path)!r} is a folder; name a file, such as {str(path / 'results.json')!r}")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        raise ValueError(f"output={str(path)!r}: {existing} is no folder that can be written to; choose another file")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import reported
+from ..output import check_output
 from .show import print_table
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def run(
         measure: from model and data to results as JSON types.
     """
     with reported():
+        check_output(request.output)
+        check_output(request.plot, "plot")
         # Only now: these take seconds that --help should not.
         import datasets
         import transformers
@@ -87,13 +90,13 @@ def run(
             environment=environment(model),
             results=results,
         )
+        print_table(record)  # first, so that a full disk takes no measurement away
         if request.output is not None:
             record.save(request.output)
+            print(f"written: {request.output}")
         if request.plot is not None:
             plot(record, request.plot)
-        print_table(record)
-        for path in filter(None, (request.output, request.plot)):
-            print(f"written: {path}")
+            print(f"written: {request.plot}")
 
 
 def load_model(request: Request) -> tuple[PreTrainedModel, Any, str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import reported
+from ..output import check_output
 from .options import (
     BackEnd,
     Device,
@@ -60,6 +61,7 @@ def decode(
         peft-uniattn bench decode --shape tiny --batch-size 2 --length 256 --rounds 3 --device cpu --dtype float32
     """
     with reported():
+        check_output(output)
         # Only now: torch and transformers take seconds that --help should not.
         from ...bench.contenders import Models
         from ...bench.decode import DecodeBenchmark

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import reported
+from ..output import check_output
 from .options import Device, Dtype, Model, Output, Seed, Shape, StartLayer, SuperblockSize
 
 
@@ -29,6 +30,7 @@ def memory(
         peft-uniattn bench memory --shape llama-3.1-8b --device cpu
     """
     with reported():
+        check_output(output)
         # Only now: torch and transformers take seconds that --help should not.
         from rich.console import Console
         from rich.table import Table

@@ -77,14 +77,18 @@ def _cells(contender: dict[str, Any], ratio: float | None) -> list[str]:
     ]
 
 
-def save(result: dict[str, Any], output: Path | None) -> str:
-    """The JSON document of a result, complete or not; also in the file `output` if there is one."""
-    text = json.dumps({"command": shlex.join(["peft-uniattn", *sys.argv[1:]]), **result})
+def save(result: dict[str, Any], output: Path | None) -> None:
+    """Write the JSON document of a result, complete or not, to the file `output` if there is one."""
     if output is not None:
-        write_atomically(output, text + "\n")
-    return text
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, _document(result) + "\n")
 
 
 def finish(result: dict[str, Any], output: Path | None) -> None:
-    """Write and print the JSON document."""
-    print(save(result, output))
+    """Print and write the JSON document; in this order, so that a full disk takes no measurement away."""
+    print(_document(result))
+    save(result, output)
+
+
+def _document(result: dict[str, Any]) -> str:
+    return json.dumps({"command": shlex.join(["peft-uniattn", *sys.argv[1:]]), **result})

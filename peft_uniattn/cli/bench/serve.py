@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import reported
+from ..output import check_output
 from .options import Dtype, Output, Seed
 
 
@@ -42,6 +43,7 @@ def serve(
         for name, folder in (("BASE", base), ("UNIFIED", unified)):
             if not (folder / "config.json").is_file():
                 raise ValueError(f"{name}={str(folder)!r} has no config.json; give the folder of a checkpoint")
+        check_output(output)
         # Only now: torch and transformers take seconds that --help should not.
         from rich.console import Console
         from rich.table import Table

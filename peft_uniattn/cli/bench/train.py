@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import reported
+from ..output import check_output
 
 
 def train(
@@ -47,21 +45,19 @@ def train(
         peft-uniattn bench train --shape tiny --length 64 --steps 5 --device cpu
     """
     with reported():
+        check_output(output)
         # Only now: torch and transformers take seconds that --help should not.
         from ...bench.train import TrainBenchmark
         from ...plan import check_superblock_size
-        from ...training.journal import write_atomically
+        from .report import finish
 
         settings = {name: value for name, value in locals().items() if name in TrainBenchmark.__dataclass_fields__}
         # A contender that shares softmax would refuse it too, but only after full fine-tuning was timed.
         check_superblock_size(superblock_size)
         benchmark = TrainBenchmark(**settings)
-        result = {"command": shlex.join(["peft-uniattn", *sys.argv[1:]]), **benchmark.run()}
+        result = benchmark.run()
         _print_table(result)
-        text = json.dumps(result)
-        if output is not None:
-            write_atomically(output, text + "\n")
-        print(text)
+        finish(result, output)
 
 
 def _print_table(result: dict[str, Any]) -> None:

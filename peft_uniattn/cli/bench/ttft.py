@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import reported
+from ..output import check_output
 from .options import (
     BackEnd,
     Device,
@@ -67,6 +68,7 @@ def ttft(
         peft-uniattn bench ttft --shape tiny --length 64 --device cpu --dtype float32
     """
     with reported():
+        check_output(output)
         # Only now: torch and transformers take seconds that --help should not.
         from ...bench.contenders import Models
         from ...bench.ttft import TtftBenchmark
