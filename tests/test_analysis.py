@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 from contextlib import contextmanager
 
@@ -258,6 +259,21 @@ def test_text_is_cut_into_pieces_of_one_length_that_do_not_overlap(book):
     assert all(len(set(piece)) == 1 for piece in pieces)
     assert len(set(pieces)) >= 60
     assert data.fit["labels"] == data.fit["input_ids"]
+
+
+@pytest.mark.parametrize(("value", "kind"), [(5, "int"), (None, "NoneType"), (["w1", "w2"], "list")])
+def test_a_row_whose_text_is_none_is_named(tmp_path, value, kind):
+    path = tmp_path / "bad.json"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in (value, value)))
+    with pytest.raises(ValueError, match=f"dataset='{path}': 'text' of row 0 .* is no text but {kind}; repair"):
+        load_sequences(str(path), word_tokenizer(), length=8, sequences=5)
+
+
+def test_the_first_row_whose_text_is_none_is_named(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "w1"}\n{"text": 5}\n{"text": 6}')
+    with pytest.raises(ValueError, match=r"bad\.jsonl': 'text' of row 1 .* is no text but"):
+        load_sequences(str(path), word_tokenizer(), length=8, sequences=5)
 
 
 def test_short_text_keeps_the_share_that_is_held_out(book):

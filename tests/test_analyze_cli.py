@@ -251,6 +251,24 @@ def test_a_file_that_is_no_result_cannot_be_shown(workplace):
     check_refused(result, "rows.jsonl is no result of an analysis")
 
 
+@pytest.mark.parametrize("option", [(), ("--markdown",), ("--plot", "again.svg")], ids=str)
+@pytest.mark.parametrize("command", RUNS)
+def test_a_result_that_lacks_contents_cannot_be_shown(results, tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)
+    whole = results[command][0]
+    strange = dict.fromkeys(whole["results"], 5)
+    for lacking in (whole | {"results": {}}, whole | {"results": None}, whole | {"results": strange}):
+        (tmp_path / "lacking.json").write_text(json.dumps(lacking))
+        check_refused(analyze("show", "lacking.json", *option), "lacking.json is no result of an analysis")
+    assert not (tmp_path / "again.svg").exists()
+
+
+@pytest.mark.parametrize("lost", ["environment", "settings", "data"])
+def test_a_result_that_lacks_its_conditions_cannot_be_shown(results, tmp_path, lost):
+    (tmp_path / "lacking.json").write_text(json.dumps(results["similarity"][0] | {lost: {}}))
+    check_refused(analyze("show", tmp_path / "lacking.json"), "lacking.json is no result of an analysis")
+
+
 def check_refused(result, message: str) -> None:
     assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

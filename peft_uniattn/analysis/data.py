@@ -83,7 +83,7 @@ def load_sequences(
         fit = _examples(parts["train"], tokenizer, length, sequences, seed)
         rest = _examples(parts["test"], tokenizer, length, held_out, seed) if held_out else fit.select([])
     else:
-        pieces = _pieces(rows, tokenizer, length, sequences + held_out, seed)
+        pieces = _pieces(dataset, rows, tokenizer, length, sequences + held_out, seed)
         if len(pieces) < 1 + bool(held_out):
             raise ValueError(
                 f"dataset={dataset!r} holds {len(pieces)} pieces of length={length} tokens, and {1 + bool(held_out)} "
@@ -113,10 +113,17 @@ def _read_text(dataset: str) -> Dataset | None:
     return rows if "text" in rows.column_names else None
 
 
-def _pieces(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int, seed: int) -> Dataset:
+def _pieces(
+    dataset: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, wanted: int, seed: int
+) -> Dataset:
     ids: list[int] = []
     # As much text as is needed to choose from, and not a whole corpus.
-    for row in rows:
+    for number, row in enumerate(rows):
+        if not isinstance(row["text"], str):
+            raise ValueError(
+                f"dataset={dataset!r}: 'text' of row {number} (from 0) is no text but {type(row['text']).__name__}; "
+                "repair that row"
+            )
         ids.extend(tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) >= 50 * wanted * length:
             break

@@ -35,11 +35,20 @@ def show(
             )
         record = Record.load(result)
         if plot is not None:
-            plots.plot(record, plot)
-        if markdown:
-            print(tables.markdown(record))
-        else:
-            print_table(record)
+            plots.check_format(plot)
+        # What an analysis found is known to nothing but its table and its plot, so these find out what a file lacks.
+        try:
+            if plot is not None:
+                plots.plot(record, plot)
+            if markdown:
+                print(tables.markdown(record))
+            else:
+                print_table(record)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{result} is no result of an analysis, or not all of it ({type(error).__name__}: {error}); give a "
+                "file that --output wrote"
+            ) from error
 
 
 def print_table(record: Record) -> None:
