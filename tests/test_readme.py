@@ -2,9 +2,12 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+
+from peft_uniattn.reproduce.cell import CellResult
 
 ROOT = Path(__file__).parent.parent
 RESULT = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
@@ -87,6 +90,20 @@ def test_the_distance_of_qwen_is_that_of_the_raw_result():
     }
     distances = [means["post-train", seed] - means["uniattn", seed] for seed in range(3)]
     assert f"10 of 24 layers following end {sum(distances) / 3:.1f} points below plain post-training" in README
+
+
+def test_medical_distances_are_those_of_the_raw_results():
+    goals = runpy.run_path(str(ROOT / "docs" / "results_goals.py"))["goals"]
+
+    def below(run, row):
+        found = goals([CellResult(**item) for item in raw(f"reproduce_{run}_medical.json")["results"]])
+        (points,) = (points for _, compared, points, *_ in found if compared == f"{row} − post-train")
+        return points.removeprefix("−")
+
+    assert below("smollm2", "uniattn-half") == "+0.0 ± 0.1"  # "equal"
+    text = " ".join(README.split())
+    assert f"5 of Qwen's end {below('qwen', 'uniattn-half')} points below it" in text
+    assert f"12 and 10 end {below('smollm2', 'uniattn')} and {below('qwen', 'uniattn')} below" in text
 
 
 def test_the_accuracy_of_fixed_superblocks_is_that_of_the_raw_result():
