@@ -379,6 +379,22 @@ def test_a_question_that_only_one_seed_leaves_out_is_found(sampling, tmp_path, d
         )
 
 
+def test_data_that_an_earlier_release_searched_are_searched_again(tmp_path, data_dir, argv):
+    """It had searched what one seed trains on, and not what others do."""
+    shared = parse_arguments([*argv, "--output_dir", str(tmp_path / "out")])
+    options = {"tables": ("main",), "evaluation": Evaluation(("social_iqa_cloze",), str(data_dir)), "seeds": (0,)}
+    path = tmp_path / "findings.json"
+    findings.find(shared, path, **options)
+    content = json.loads(path.read_text())
+    del content["told"], content["checked"]["data"]["rows"]
+    path.write_text(json.dumps(content))
+    asked = json.loads((data_dir / "socialIQa_v1.4_dev.jsonl").read_text().splitlines()[0])
+    words = f"{asked['context']} {asked['question']}"
+    write_training_data(tmp_path, {"question": words, "answer": "w0"})
+    with pytest.raises(ValueError, match="hold questions of the evaluation set social_iqa_cloze"):
+        findings.find(shared, path, **options)
+
+
 def trained_with(arguments):
     """All training texts of a run as one."""
     tokenizer = load_tokenizer(arguments.model, arguments.training)

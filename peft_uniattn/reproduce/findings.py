@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from ..evaluation import check_contamination, task_questions
+from ..evaluation import check_contamination, check_has_accuracy, task_questions
 from ..grouping.choose import ONE_PASS, choose
 from ..inspection import find_adapter
 from ..plan import Plan
@@ -62,8 +62,9 @@ def find(
             same data, knows the task, of which the base may know nothing.
 
     Raises:
-        ValueError: if training data hold evaluation questions, the plan does not fit the model, or what was measured
-            before was for another model, other data or other Superblocks. On how many examples may differ.
+        ValueError: if training data hold evaluation questions, a task has no accuracy, the plan does not fit the
+            model, or what was measured before was for another model, other data or other Superblocks. On how many
+            examples may differ.
     """
     told = _told(arguments, grouping, grouping_model)
     asked = _asked(arguments, evaluation, seeds)
@@ -74,6 +75,7 @@ def find(
     if found and checked == asked and (found.by_error or not with_groups):
         return found
     check_model(arguments.model)
+    check_has_accuracy(evaluation.tasks, data_dir=evaluation.data_dir)
     tokenizer = load_tokenizer(arguments.model, arguments.training)
     load = partial(load_data, tokenizer=tokenizer, max_length=arguments.training.max_length or sys.maxsize)
     questions = task_questions(evaluation.tasks, data_dir=evaluation.data_dir)
@@ -139,7 +141,8 @@ def _told(arguments: Arguments, grouping: str, grouping_model: str | None) -> di
 
 def _asked(arguments: Arguments, evaluation: Evaluation, seeds: Sequence[int]) -> dict[str, Any]:
     """Which training data were searched for the questions of which sets, as JSON types."""
-    data = {**asdict(arguments.data), "max_length": arguments.training.max_length}
+    # Earlier releases searched what one seed trains on, and said nothing of rows.
+    data = {**asdict(arguments.data), "max_length": arguments.training.max_length, "rows": "all"}
     if _is_sampled(arguments):
         data["seeds"] = sorted(seeds)
     return json.loads(json.dumps({"data": data, "tasks": evaluation.tasks, "data_dir": evaluation.data_dir}))

@@ -10,7 +10,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..evaluation import check_has_accuracy
 from ..training.arguments import Arguments, parse_arguments
 from ..training.journal import check_writable, write_atomically
 from .cell import CellResult, Evaluation, flags_of, is_done, result_file, run_cells, steps_of, training_of
@@ -158,7 +157,6 @@ class Reproduction:
                     f"stage1_early_stop={shared.recipe.stage1_early_stop!r} would leave {cell.name!r} with fewer "
                     "steps than other rows; add --stage1_early_stop none, or --stage1-share 0"
                 )
-        check_has_accuracy(self.evaluation.tasks, data_dir=self.evaluation.data_dir)
 
     def _chosen(self, found: Findings, *, allow_unknown: bool = False) -> list[Cell]:
         """The rows of all tables, each once, or those that are asked for."""
