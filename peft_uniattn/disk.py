@@ -1,12 +1,20 @@
-"""Why something could not be written to disk, whichever library tried."""
+"""Why something cannot or could not be written to disk, whichever library tries."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+from pathlib import Path
 
 _REASONS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def in_the_way(directory: Path) -> Path | None:
+    """What keeps files from being written to a folder that is there or can be made; None if nothing does."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    may_write = os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    return None if existing.is_dir() and may_write else existing
 
 
 def write_failure(error: BaseException) -> OSError | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -88,3 +89,16 @@ def parse_superblocks(text: str) -> list[list[int]]:
             )
         blocks.append(list(range(int(first), int(last) + 1)))
     return blocks
+
+
+def as_flag(value: Any) -> str:
+    """A value of a YAML file as a flag says it: lists with commas, and lists of successive layers as ranges."""
+    if not isinstance(value, list):
+        return str(value)
+    return ",".join(f"{part[0]}-{part[-1]}" if _is_range(part) else str(part) for part in value)
+
+
+def _is_range(part: Any) -> bool:
+    if not (isinstance(part, list) and part and isinstance(part[0], int)):
+        return False
+    return part == list(range(part[0], part[0] + len(part)))

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..config import UniAttnConfig
+from ..plan import check_superblock_size
 from ..standalone import to_standalone
 from .conditions import conditions
 from .shapes import load_model
@@ -84,7 +85,8 @@ class TrainBenchmark:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not measured; use one of {', '.join(_DTYPES)}")
-        for name in ("batch_size", "superblock_size", "rank", "lora_rank", "rounds", "warmup", "steps", "chunk"):
+        check_superblock_size(self.superblock_size)
+        for name in ("batch_size", "rank", "lora_rank", "rounds", "warmup", "steps", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.length < 2:

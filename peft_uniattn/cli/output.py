@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from ..disk import in_the_way
 
 
 def check_output(path: Path | None, option: str = "output") -> None:
@@ -22,8 +23,7 @@ def check_output(path: Path | None, option: str = "output") -> None:
     if path.is_dir():
         example = path / f"results{path.suffix or '.json'}"
         raise ValueError(f"{option}={str(path)!r} is a folder; name a file, such as {str(example)!r}")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+    if existing := in_the_way(path.absolute().parent):
         raise ValueError(
             f"{option}={str(path)!r}: {existing} is no folder that can be written to; choose another file"
         )

@@ -141,16 +141,13 @@ def run_cells(
     """
     files = [result_file(directory, cell.name, seed) for cell in cells]
     folder = directory / f"{cells[0].name}-{seed}"
-    if is_done(directory, cells, seed):
-        if not keep_models:
-            shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed before it did
-        return [CellResult.read(file) for file in files]
-    trained = _train(cells[0], seed, folder, argv=argv, stage1_share=stage1_share)
-    clear_device_cache(garbage_collection=True)  # the optimizer's memory, for rows beside this one
-    for cell, file in zip(cells, files, strict=True):
-        if not file.exists():
-            _evaluate(cell, seed, trained, evaluation).write(file)
-    if not keep_models:
+    if not is_done(directory, cells, seed):
+        trained = _train(cells[0], seed, folder, argv=argv, stage1_share=stage1_share)
+        clear_device_cache(garbage_collection=True)  # the optimizer's memory, for rows beside this one
+        for cell, file in zip(cells, files, strict=True):
+            if not file.exists():
+                _evaluate(cell, seed, trained, evaluation).write(file)
+    if not keep_models:  # also those of a call that was killed before it removed them
         shutil.rmtree(folder, ignore_errors=True)
     return [CellResult.read(file) for file in files]
 

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from ..calibration import check_method
 from ..compensation import DESIGNS, NONE
 from ..config import UniAttnConfig
-from ..named import parse_superblocks
+from ..named import as_flag, parse_superblocks
 from .data import DataArguments
 from .distillation.arguments import DistillationArguments
 from .early_stop import METRICS, EarlyStop
@@ -104,9 +104,9 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         # The only way for a flag to take back what a file or an earlier flag says.
-        self.superblocks = _as_flag(self.superblocks) if self.superblocks else None
+        self.superblocks = as_flag(self.superblocks) if self.superblocks else None
         if self.dropped_layers is not None:
-            self.dropped_layers = _as_flag(self.dropped_layers)
+            self.dropped_layers = as_flag(self.dropped_layers)
         if (self.dropped_layers is not None) != (self.method == "llmdrop"):
             raise ValueError(
                 f"dropped_layers={self.dropped_layers!r} does not go with method={self.method!r}; llmdrop needs it, "
@@ -219,7 +219,7 @@ class RecipeArguments:
     )
 
     def __post_init__(self) -> None:
-        self.stages = _as_flag(self.stages)
+        self.stages = as_flag(self.stages)
         names = [name.strip() for name in self.stages.split(",") if name.strip()]
         if names == ["none"] and self.compare_with_base:
             names = []
@@ -344,19 +344,6 @@ def parse_arguments(argv: Sequence[str] | None = None, *, prog: str | None = Non
                 "bf16=True needs a GPU, and PyTorch finds none here; add --use_cpu --bf16 false to train on the CPU"
             ) from error
         raise
-
-
-def _as_flag(value: Any) -> str:
-    """A value of a YAML file as a flag says it: lists with commas, and lists of successive layers as ranges."""
-    if not isinstance(value, list):
-        return str(value)
-    return ",".join(f"{part[0]}-{part[-1]}" if _is_range(part) else str(part) for part in value)
-
-
-def _is_range(part: Any) -> bool:
-    if not (isinstance(part, list) and part and isinstance(part[0], int)):
-        return False
-    return part == list(range(part[0], part[0] + len(part)))
 
 
 def parse_layers(text: str) -> list[int]:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..disk import in_the_way
+
 
 class Journal:
     """
@@ -59,9 +61,7 @@ class Journal:
 
 def check_writable(directory: Path) -> None:
     """Raise OSError, before a model is loaded, if no file could be written there."""
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    may_write = os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
-    if not (existing.is_dir() and may_write):
+    if existing := in_the_way(directory):
         what = "cannot be written to" if existing.is_dir() else "is not a directory"
         raise OSError(errno.EACCES, f"output_dir={str(directory)!r}: {existing} {what}; choose another output_dir")
 

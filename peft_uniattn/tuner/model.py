@@ -60,7 +60,7 @@ class AttentionTuner(BaseTuner):
         check_back_end(config._attn_implementation)
         layout = base_layout(config)
         _check_layout(peft_config, layout)
-        plan = peft_config.make_plan(layout["num_hidden_layers"], getattr(config, "layer_types", None))
+        plan = self._plan(peft_config)
         self._check_config(peft_config, config)
         targets = {decoder.attention_name(layer) for layer in plan.role_of}
         _check_targets(peft_config, targets)
@@ -98,6 +98,10 @@ class AttentionTuner(BaseTuner):
             shapes.update({f"{decoder.attention_name(layer)}.{name}": shape for name, shape in own.items()})
         return shapes
 
+    def _plan(self, peft_config: AttentionConfig) -> Plan:
+        config = self._text_config()
+        return peft_config.make_plan(config.num_hidden_layers, getattr(config, "layer_types", None))
+
     def _text_config(self) -> Any:
         config = getattr(self.model, "config", None)
         if not hasattr(config, "get_text_config"):
@@ -116,7 +120,7 @@ class AttentionTuner(BaseTuner):
         **kwargs: Any,
     ) -> None:
         config = self._text_config()
-        plan = peft_config.make_plan(config.num_hidden_layers, getattr(config, "layer_types", None))
+        plan = self._plan(peft_config)
         if not isinstance(target, self.tuner_layer_cls):
             layer = self.tuner_layer_cls(target, find_family(config), config.hidden_size)
             self._replace_module(parent, target_name, layer, target)
@@ -224,9 +228,8 @@ class AttentionTuner(BaseTuner):
 
     def _check_loaded_names(self, config: AttentionConfig, adapter_name: str, names: set[str]) -> None:
         """Raise ValueError unless `names` are those of an adapter like the one that they are loaded into."""
-        text_config = self._text_config()
-        decoder = find_decoder(self.model, find_family(text_config))
-        plan = config.make_plan(text_config.num_hidden_layers, getattr(text_config, "layer_types", None))
+        decoder = find_decoder(self.model, find_family(self._text_config()))
+        plan = self._plan(config)
         names = {name.removeprefix(PREFIX) for name in names}
         expected = set(self._own_shapes(config, decoder, plan))
         wrappers = tuple(

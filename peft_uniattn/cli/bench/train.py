@@ -48,12 +48,9 @@ def train(
         check_output(output)
         # Only now: torch and transformers take seconds that --help should not.
         from ...bench.train import TrainBenchmark
-        from ...plan import check_superblock_size
         from .report import finish
 
         settings = {name: value for name, value in locals().items() if name in TrainBenchmark.__dataclass_fields__}
-        # A contender that shares softmax would refuse it too, but only after full fine-tuning was timed.
-        check_superblock_size(superblock_size)
         benchmark = TrainBenchmark(**settings)
         result = benchmark.run()
         _print_table(result)

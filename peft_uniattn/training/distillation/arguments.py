@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ...named import as_flag
+
 STAGES = ("stage1", "stage2")
 
 
@@ -52,8 +54,7 @@ class DistillationArguments:
             raise ValueError(
                 f"distillation_attention_weight={self.distillation_attention_weight} must be 0 (off) or positive"
             )
-        if isinstance(self.distillation_stages, list):  # of a YAML file
-            self.distillation_stages = ",".join(map(str, self.distillation_stages))
+        self.distillation_stages = as_flag(self.distillation_stages)
         names = [name.strip() for name in self.distillation_stages.split(",")]
         if not set(names) <= set(STAGES):
             raise ValueError(
