@@ -142,13 +142,15 @@ FAMILIES = (
         "checked",
         "Reliability and parallel training",
         "What was tried to break it ([promises](../promises.md)), gradients of several processes against those of one "
-        "([at scale](../parallel.md)), and those of cuDNN's attention ([training](../training.md#gradients-of-nan)).",
+        "([at scale](../parallel.md)), those of cuDNN's attention ([training](../training.md#gradients-of-nan)), and "
+        "evaluation questions looked for in training data.",
         {
             "reliability.json": tables.reliability,
             "two_gpus.json": tables.ranks,
             "recipe_two_gpus_*.txt": None,
             "coverage_*.txt": None,
             "cudnn_*.json": None,
+            "evaluation_data_*.json": None,
         },
     ),
 )

@@ -62,3 +62,14 @@ def test_goals_are_those_that_the_rows_of_a_run_reach(column, run):
     lines = re.search(r"\| goal \|.*\n\|-.*\n((?:\|.*\n)+)", (DOCS / "quality.md").read_text())[1].splitlines()
     shown = [line.split("|")[column + 1].strip() for line in lines]
     assert shown == [expected.get(compared, "–") for compared in COMPARED]
+
+
+def test_what_one_answer_for_all_scores_is_that_of_the_raw_result():
+    right = json.loads((DOCS / "results" / "evaluation_data_cpu.json").read_text())["right answers"]
+    medmcqa, first, pubmedqa = (
+        f"{100 * right[name][answer] / sum(right[name].values()):.1f}"
+        for name, answer in (("MedMCQA", "A"), ("the first 1,000 of MedMCQA", "A"), ("PubMedQA", "yes"))
+    )
+    text = " ".join((DOCS / "quality.md").read_text().split())
+    assert f"a model that always says yes has {pubmedqa}." in text
+    assert f"[{medmcqa}](results/evaluation_data_cpu.json); {first} of the 1,000 that Qwen was asked" in text
